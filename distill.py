@@ -1,0 +1,239 @@
+"""
+Stage 2: distil what the teacher learnt back into pi_old, inside a trust region (Sec. 3.2 to 3.4).
+
+    A_hat(s, a) = log pi_teacher(a|s) - log pi_denominator(a|s), whitened              Sec. 3.3, 3.4
+    maximize  E[ min(r A_hat, clip(r, 1 - eps, 1 + eps) A_hat) ],  r = pi / pi_old     Eq. 9
+
+The same rollouts, 10 to 32 steps. The signal is fixed before training, from scores that are computed once: the teacher is
+not in memory while the student trains. Which signal (Fig. 3):
+
+    strategy 1   --teacher T     --denominator old       towards a teacher that is better than pi_old
+    strategy 2   --teacher MSE   --denominator UNLEARNED  an MSE run's late over its early checkpoint: weak to strong
+    strategy 3   --teacher T     --denominator STUDENT    away from an older, weaker student
+
+1 GPU, or CPU:  python distill.py --student M --teacher runs/teacher/final --denominator old --rollouts runs/rollouts --out runs/student
+8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
+
+Words and shapes: see teacher.py. Read next: evaluate.py.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from rollout import InputError, checkpoint_fingerprint, run_main, write_atomic, write_json
+from teacher import (Policy, check_tokenizer, find_old, load_policy, load_rollouts, log_ratio, micro_batches, newest_save,
+                     pad_responses, read_metrics, save_step, score, setup_ddp, start_run, step_batches, step_metrics, token_sums)
+
+
+# ---- the signal ---------------------------------------------------------------------------------------------------------
+
+def mask_signal(signal, positive, keep="all"):
+    """On positive responses keep only min(signal, 0) or max(signal, 0) (Table 12); before whitening, as the paper does."""
+    if keep == "min0":
+        return torch.where(positive, signal.clamp(max=0), signal)
+    if keep == "max0":
+        return torch.where(positive, signal.clamp(min=0), signal)
+    return signal
+
+
+def whitening(signal, mask):
+    """(mean, std) of the signal over response tokens, in fp64: fp32 sums over 10^8 tokens would not hold."""
+    values = signal[mask.bool()].double()
+    return values.mean(), values.std(correction=0)
+
+
+def whiten(signal, mask):
+    """Zero mean and unit variance over response tokens (Sec. 3.3), 0 outside the mask; any shape, mask of the same shape."""
+    mean, std = whitening(signal, mask)
+    return ((signal.double() - mean) / (std + 1e-8)).to(signal.dtype).masked_fill(mask == 0, 0.0)
+
+
+def signal_statistics(signal, positive):
+    """What run.json keeps of the raw signal: moments, percentiles, and a histogram by kind of response (Fig. 10)."""
+    values = signal.double()
+    mean, std = values.mean(), values.std(correction=0)
+    edges = torch.linspace(-5, 5, 51, dtype=torch.float64)
+    inside = values.clamp(-5, 5)                            # the first and last bin hold what lies beyond
+    # torch.quantile refuses more than 2^24 values
+    ranked = values.sort().values
+    percentiles = {f"p{q}": ranked[min(len(ranked) - 1, int(len(ranked) * q / 100))].item() for q in (1, 50, 99)}
+    return {"mean": mean.item(), "std": std.item(), "kurtosis": (((values - mean) / (std + 1e-8)) ** 4).mean().item(), **percentiles,
+            "share_below_zero_on_positives": (values[positive] < 0).double().mean().item(),
+            "histogram_edges": edges.tolist(),
+            "histogram_positive": torch.histogram(inside[positive], edges).hist.tolist(),
+            "histogram_negative": torch.histogram(inside[~positive], edges).hist.tolist()}
+
+
+# ---- the loss -----------------------------------------------------------------------------------------------------------
+
+def distill_loss(logp, entropy, old_logp, adv, mask, clip=0.2, kl_coef=0.0, entropy_coef=0.0, exact_kl=None):
+    """Clipped surrogate of Eq. 9, with the KL and entropy terms of Tables 5 and 6. All inputs (B, T-1), adv is A_hat.
+
+    Sum over response tokens; the caller divides by the token count of the optimizer step. exact_kl, if given, takes the
+    place of the KL that is estimated from the old samples.
+    """
+    d = log_ratio(logp, old_logp, mask)                                             # log r(theta); 0 at the first step
+    ratio = d.exp()
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)   # Eq. 9
+    # ours: KL(pi || pi_old) = E_old[r log r], with the zero-mean 1 - r added so that no token's share is negative (r * k3)
+    kl = ratio * d - (ratio - 1) if exact_kl is None else exact_kl
+    objective = surrogate - kl_coef * kl + entropy_coef * entropy                   # Table 5; Table 6b: a bonus
+    return -objective.masked_fill(mask == 0, 0.0).sum()
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = p.add_argument
+    # Checkpoints and data
+    arg("--student", required=True, help="where training starts: pi_old, or the first student of an ensemble (Table 8)")
+    arg("--teacher", required=True, help="numerator of the signal: a checkpoint, 'old' or 'none' (Table 7)")
+    arg("--denominator", default="old", help="'old' (strategy 1), a checkpoint (2, 3), 'none', or 'live': the student itself (Fig. 7)")
+    arg("--rollouts", type=Path, required=True, help="folder of rollout.py, the one that the teacher was trained on")
+    arg("--out", type=Path, required=True, help="checkpoints step-*/ and final/, run.json, metrics.jsonl")
+    arg("--old", help="pi_old, if it is no longer at the path that the rollouts name")
+    arg("--drop-truncated", action="store_true", help="leave out responses that hit the token limit")
+    # Signal and loss
+    arg("--positive-signal", choices=["all", "min0", "max0"], default="all", help="mask on positive responses (Table 12)")
+    arg("--clip", type=float, default=0.2, help="eps of Eq. 9 (the paper gives none; ours: PPO's)")
+    arg("--kl-coef", type=float, default=0.0, help="weight of the KL to pi_old (Table 5: 0.001 to 0.2)")
+    arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: whole vocabulary, keeps pi_old in memory")
+    arg("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus (Table 6b: 0.5)")
+    # Optimization
+    arg("--steps", type=int, default=10, help="10 when iterating rounds (Table 2); 16 or 32 for one round (Sec. 4.1)")
+    arg("--batch-prompts", type=int, default=64, help="prompts per step over all ranks (Sec. 4.1: 32, 64)")
+    arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass and rank; lower it when out of memory")
+    arg("--chunk", type=int, default=1024, help="tokens per tile of the head")
+    arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
+    arg("--max-grad-norm", type=float, default=1.0)
+    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: less memory, 1.3x time")
+    arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
+    arg("--seed", type=int, default=0, help="order of the prompts")
+    # Saving
+    arg("--save-every", type=int, default=10, help="steps between checkpoints")
+    arg("--fresh", action="store_true", help="delete what --out holds and start over")
+    arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    args = p.parse_args(argv)
+    if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
+        p.error(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two different policies")
+    for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm"):
+        if getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} must be positive")
+    return args
+
+
+def main():
+    args = parse_args()
+    # ---- data and checks: before any model is loaded -------------------------------------------------------------------
+    rollouts = load_rollouts(args.rollouts)
+    tokenizer = check_tokenizer(args.student, rollouts, args.trust_remote_code)
+    for checkpoint in {args.teacher, args.denominator} - {"none", "old", "live"}:
+        check_tokenizer(checkpoint, rollouts, args.trust_remote_code)
+    old = find_old(rollouts, args.old)
+    temperature = args.logp_temperature or rollouts["meta"]["temperature"]
+    usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
+    if not usable.any():
+        raise InputError(f"{args.rollouts}: every response is truncated; leave out --drop-truncated")
+    rank, world, device = setup_ddp()
+    finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student), rollouts_fingerprint=rollouts["fingerprint"])
+    if finished:
+        if rank == 0:
+            print(f"{args.out}: already finished")
+        return
+
+    # ---- the signal, from scores that are computed once ------------------------------------------------------------------
+    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk, trust_remote_code=args.trust_remote_code)
+    old_logp = score(old, args.rollouts, **options)
+
+    def role_logp(role):
+        """Log-probs of numerator or denominator; `live` starts as the student."""
+        if role == "none":
+            return torch.zeros_like(old_logp)
+        return old_logp if role == "old" else score(args.student if role == "live" else role, args.rollouts, **options)
+
+    lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+    teacher_logp = role_logp(args.teacher)
+    positive = (rollouts["reward"] > 0).repeat_interleave(response_lengths)         # per response token
+    token_usable = usable.repeat_interleave(response_lengths)
+    signal = mask_signal(teacher_logp - role_logp(args.denominator), positive, args.positive_signal)
+    mean, std = whitening(signal, token_usable)
+    if std < 1e-7:
+        raise InputError(f"the signal is constant: --teacher {args.teacher} and --denominator {args.denominator} are the same policy")
+    adv = whiten(signal, token_usable)                                              # fixed from here on, unless live
+    if rank == 0:
+        run = json.loads((args.out / "run.json").read_text())
+        write_json(args.out / "run.json", run | {"signal": signal_statistics(signal[token_usable], positive[token_usable])})
+
+    # ---- the one model that trains ---------------------------------------------------------------------------------------
+    step, save = newest_save(args.out)
+    lm = load_policy(save or args.student, device, args.checkpointing, args.trust_remote_code)
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
+    policy = Policy(lm, temperature, args.chunk, old_lm)
+    model = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else policy
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    if save:
+        optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location=device)["optimizer"])
+    metrics = read_metrics(args.out, step)
+
+    # ---- training loop ---------------------------------------------------------------------------------------------------
+    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
+    for _ in range(step):
+        next(batches)
+    bar = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0)
+    while step < args.steps:
+        step, start, batch = step + 1, time.time(), next(batches)
+        n_tokens = response_lengths[batch].sum().item()                             # of the whole step, on every rank
+        micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
+        sums = torch.zeros(12, dtype=torch.float64, device=device)                  # loss, then token_sums
+        for i, micro in enumerate(micros):
+            model.require_backward_grad_sync = i == len(micros) - 1                 # one all-reduce per step
+            idx = batch[micro]
+            input_ids, mask, old_lp, teacher_lp, a_hat = pad_responses(rollouts, idx, device, old_logp, teacher_logp, adv)
+            reward = rollouts["reward"][idx].to(device)
+            logp, entropy, exact_kl = model(input_ids, mask)
+            if args.denominator == "live":                                          # Fig. 7: follows the student, detached
+                live = mask_signal(teacher_lp - logp.detach(), reward[:, None] > 0, args.positive_signal)
+                a_hat = (live - mean.item()) / std.item() * mask
+            loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef, args.entropy_coef, exact_kl) / n_tokens
+            (loss * world).backward()                                               # DDP averages over ranks; we want the sum
+            sums[0] += loss.detach()
+            sums[1:] += token_sums(logp, entropy, old_lp, mask, reward, a_hat, args.clip, args.clip)
+        grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
+        if world > 1:
+            dist.all_reduce(sums)
+        if not (math.isfinite(grad_norm) and math.isfinite(sums[0].item())):
+            raise RuntimeError(f"step {step}: loss {sums[0].item()} and gradient norm {grad_norm} are not finite; prompts of the "
+                               f"batch: {rollouts['prompt_index'][batch].unique().tolist()}; the last checkpoint is intact")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ---- metrics and saving ------------------------------------------------------------------------------------------
+        seconds = time.time() - start
+        m = {"step": step, "loss": sums[0].item(), "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
+             "tok_per_s": n_tokens / seconds, "seconds": seconds,
+             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
+             **step_metrics(sums[1:]), "signal_mean": mean.item(), "signal_std": std.item()}
+        metrics.append(json.dumps(m) + "\n")
+        if rank == 0:
+            write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
+            bar.update()
+            bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | entropy {m['entropy']:.3f} | "
+                      f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+            if step % args.save_every == 0 and step < args.steps:
+                save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
+    if rank == 0:
+        save_step(args.out, "final", lm, tokenizer, optimizer, step)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,596 @@
+"""
+Stage 0: sample K responses to each prompt once, grade them 0/1, and write them as shards (Sec. 4.1, Training Settings).
+
+The fixed batch that both later stages train on is 1,000 prompts x 16 responses from one policy, pi_old. A shard keeps
+the token ids exactly as they were sampled (nothing is ever tokenised again) and a reward per response:
+
+    R(y) = 1 if the last \\boxed{} of y equals the gold answer, else 0
+
+1 GPU, or CPU:  python rollout.py --model M --prompts problems.jsonl --out runs/rollouts
+8 GPUs:         torchrun --standalone --nproc-per-node 8 rollout.py ...     # one engine per GPU, every 8th shard each
+
+The same command continues an interrupted run: finished shards are kept. Read next: teacher.py.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import pebble
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+SHARD_VERSION = 1
+PROMPT_FIELDS = ("problem", "question", "prompt", "Problem")
+ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: what, where, and what to do; exit code 2."""
+
+
+def run_main(main):
+    """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else. Also used by the others."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- files: complete or absent, and known by content ------------------------------------------------------------------
+
+def write_atomic(path, write):
+    """Call write(temporary path), flush to disk, rename to `path`: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with open(partial, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path, value):
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, default=str) + "\n"))
+
+
+def resolve_checkpoint(model):
+    """Folder of a checkpoint given as a path or as a hub name (downloaded once into the hub's own cache)."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise InputError(f"{model} has no config.json: give the folder of a Hugging Face checkpoint")
+        return Path(model)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not Path(model).parent.exists():
+        import huggingface_hub
+        try:
+            return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        except Exception as error:                          # offline, gated, misspelt: the hub has a dozen types for it
+            raise InputError(f"{model} is neither a folder nor a hub model that can be fetched "
+                             f"({type(error).__name__}): check the path") from error
+    raise InputError(f"checkpoint {model} does not exist: give a folder with config.json and *.safetensors")
+
+
+def checkpoint_fingerprint(model):
+    """Hash of what a checkpoint computes, its config and weights: the same content in another folder is the same policy."""
+    folder = resolve_checkpoint(model)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{folder} has no *.safetensors: only safetensors weights are read")
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *weights]:
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_tokenizer(model, trust_remote_code=False):
+    folder = resolve_checkpoint(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_fingerprint(tokenizer):
+    """Hash of the vocabulary: rollouts are token ids, so every policy that reads them must share it."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def derive_seed(*parts):
+    """A seed that depends on all parts and nothing else: (seed, shard) for the hf engine, (seed, prompt) for vLLM."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """Yield (where, row) for each row of a problem file or hub data set; `where` names it in error messages."""
+    suffix = Path(path).suffix.lower()
+    if not Path(path).is_file():
+        if Path(path).exists() or suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            raise InputError(f"prompt file {path} does not exist or is not a file: give .jsonl, .json, .csv, .parquet or a hub name")
+        import datasets
+        try:
+            splits = datasets.load_dataset(str(path))
+        except Exception as error:
+            raise InputError(f"{path} is neither a file nor a hub data set that can be fetched ({type(error).__name__})") from error
+        split = next((s for s in ("train", "test") if s in splits), next(iter(splits)))
+        yield from ((f"{path}[{split}] row {i}", row) for i, row in enumerate(splits[split]))
+    elif suffix == ".parquet":
+        import pyarrow.parquet
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:              # pyarrow's own errors derive from these
+            raise InputError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from error
+        yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
+    else:
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as f:     # -sig: a byte-order mark is accepted
+                if suffix == ".csv":
+                    yield from ((f"{path}:{i}", row) for i, row in enumerate(csv.DictReader(f), start=2))
+                elif suffix == ".json":
+                    yield from ((f"{path} row {i}", row) for i, row in enumerate(json.load(f)))
+                elif suffix == ".jsonl":
+                    for i, line in enumerate(f, start=1):
+                        if line.strip():
+                            try:
+                                yield f"{path}:{i}", json.loads(line)
+                            except json.JSONDecodeError as error:
+                                raise InputError(f"{path}:{i} is not JSON: {error.msg}") from error
+                else:
+                    raise InputError(f"{path}: unknown ending {suffix!r}: use .jsonl, .json, .csv or .parquet")
+        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def pick_field(row, wanted, known):
+    """Value of the first known field that the row has; dots go into nested objects."""
+    for field in [wanted] if wanted else known:
+        value = row
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def load_prompts(path, prompt_field=None, answer_field=None):
+    """Read problems and answers: list of dict(prompt, answer, index), in the order of the file.
+
+    `prompt` is a str or a chat list of {role, content}; `answer` a str, int, float or a list of answers any of which is
+    right; `index` the row. Known layouts are recognised by their field names. Raises InputError that names the row.
+    """
+    prompts = []
+    for index, (where, row) in enumerate(read_rows(path)):
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is not an object with named fields")
+        prompt = pick_field(row, prompt_field, PROMPT_FIELDS)
+        answer = pick_field(row, answer_field, ANSWER_FIELDS)
+        chat = isinstance(prompt, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
+        if not prompt or not (isinstance(prompt, str) and prompt.strip() or chat):
+            raise InputError(f"{where} has no prompt in {prompt_field or ' | '.join(PROMPT_FIELDS)}: "
+                             f"a string or a chat list is needed (fields: {', '.join(map(str, row))})")
+        usable = [isinstance(a, (str, int, float)) and not isinstance(a, bool) and str(a).strip() not in ("", "nan", "inf", "-inf")
+                  for a in (answer if isinstance(answer, list) else [answer])]
+        if not usable or not all(usable):
+            raise InputError(f"{where} has no answer in {answer_field or ' | '.join(ANSWER_FIELDS)}: add it or name its field with --answer-field")
+        prompts.append({"prompt": prompt, "answer": answer, "index": index})
+    if not prompts:
+        raise InputError(f"{path} holds no prompts")
+    return prompts
+
+
+def encode_prompt(tokenizer, prompt, suffix=""):
+    """Token ids of a prompt: the chat template once, with the opening of the assistant's turn. Plain text without a template."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    messages[-1]["content"] += suffix
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n".join(m["content"] for m in messages))
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+# ---- grading ----------------------------------------------------------------------------------------------------------
+
+def last_boxed(text):
+    """Content of the last \\boxed{...}, braces matched; None if there is none or it never closes."""
+    opening = None
+    for opening in re.finditer(r"\\boxed\s*\{", text):
+        pass
+    if opening is None:
+        return None
+    depth = 1
+    for i in range(opening.end(), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[opening.end():i].strip()
+    return None
+
+
+def gold_text(gold):
+    """Gold answers come as str, int or float (27.0 means 27)."""
+    return str(int(gold)) if isinstance(gold, float) and gold == int(gold) else str(gold).strip()
+
+
+def quick_verdict(answer, gold, stats):
+    """1.0 or 0.0 where no mathematics is needed, else None."""
+    if answer is None:
+        return 0.0
+    if answer == gold:
+        return 1.0
+    if len(answer) > 1000 or len(re.findall(r"\^|\*\*|!", answer)) > 8 or re.search(r"\^\s*\{?[^{}]*\^", answer):
+        stats["refused"] += 1                               # towers of powers make a computer algebra system run for ever
+        return 0.0
+    integer = r"[+-]?\d+"
+    if re.fullmatch(integer, answer) and re.fullmatch(integer, gold):
+        return float(int(answer) == int(gold))
+    return None
+
+
+def verify_in_worker(answer, gold):
+    """True, False, or None if the gold answer cannot be parsed. Time limits are the pool's: it kills the process."""
+    from math_verify import parse, verify
+    parsed_gold = parse("\\boxed{" + gold + "}", parsing_timeout=None)
+    if not parsed_gold:
+        return None
+    return verify(parsed_gold, parse("\\boxed{" + answer + "}", parsing_timeout=None), timeout_seconds=None)   # gold first
+
+
+def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None):
+    """Grade responses (list of str) against gold answers (str, int, float or list of these): list of 1.0 right, 0.0 wrong.
+
+    Identical strings and plain integers are decided at once, everything else by math-verify in worker processes that are
+    killed and replaced after `timeout` seconds. Each (answer, gold) pair is graded once. The dict `stats` receives
+    counts: timeouts, errors, refused (too long or a tower of powers), unparsable_gold, verified (asked math-verify).
+    """
+    if task != "math":
+        raise InputError(f"task {task!r} cannot be graded: only math is")
+    stats = {} if stats is None else stats
+    for key in ("timeouts", "errors", "refused", "unparsable_gold", "verified"):
+        stats.setdefault(key, 0)
+    pairs = [[(last_boxed(response), gold_text(g)) for g in (gold if isinstance(gold, list) else [gold])]
+             for response, gold in zip(responses, answers, strict=True)]
+    verdicts = {pair: quick_verdict(*pair, stats) for pair in dict.fromkeys(p for ps in pairs for p in ps)}
+    open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
+    stats["verified"] += len(open_pairs)
+    if open_pairs:
+        spawn = multiprocessing.get_context("spawn")        # a fork of a process with threads can deadlock
+        with pebble.ProcessPool(max_workers=workers, context=spawn) as pool:
+            futures = {pair: pool.schedule(verify_in_worker, args=pair, timeout=timeout) for pair in open_pairs}
+            for pair, future in futures.items():
+                try:
+                    verdict = future.result()
+                    stats["unparsable_gold"] += verdict is None
+                except TimeoutError:
+                    stats["timeouts"] += 1
+                    verdict = False
+                except Exception:                           # the worker died, or math-verify raised: counted, and wrong
+                    stats["errors"] += 1
+                    verdict = False
+                verdicts[pair] = float(bool(verdict))
+    return [max(verdicts[pair] for pair in ps) for ps in pairs]
+
+
+# ---- sampling: an engine is a generator that yields (shard, responses) as shards get complete --------------------------
+# responses: per prompt a list of n dicts (ids: list of int with the EOS; truncated: bool; logp: list of float or None)
+
+def generate_hf(lm, tokenizer, shards, n, temperature, top_p, top_k, max_tokens, seed):
+    """Sample with transformers' own generate, one left-padded batch per shard. shards: {number: list of (index, ids)}."""
+    eos = lm.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    eos = set(eos if isinstance(eos, list) else [eos])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)
+    # every setting is given: what is left out would be filled in from the checkpoint's own generation config
+    config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=max(top_k, 0),
+                              repetition_penalty=1.0, max_new_tokens=max_tokens, eos_token_id=sorted(eos), pad_token_id=pad)
+    for number, prompts in shards.items():
+        rows = [ids for _, ids in prompts for _ in range(n)]
+        width = max(map(len, rows))
+        input_ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=lm.device)
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=lm.device)
+        torch.manual_seed(derive_seed(seed, number))
+        with torch.inference_mode():
+            output = lm.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        responses = []
+        for ids in output:
+            end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+            responses.append({"ids": ids[:end], "truncated": end is None, "logp": None})
+        yield number, [responses[i:i + n] for i in range(0, len(responses), n)]
+
+
+def generate_vllm(llm, shards, n, temperature, top_p, top_k, max_tokens, seed):
+    """Sample with vLLM: the requests of all shards are in flight at once, so that continuous batching stays full."""
+    from vllm import SamplingParams
+    for number, prompts in shards.items():
+        for position, (index, ids) in enumerate(prompts):
+            params = SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
+                                    seed=derive_seed(seed, index), logprobs=0, **stop_tokens(llm))
+            llm.llm_engine.add_request(f"{number}/{position}", {"prompt_token_ids": ids}, params)
+    done = {number: {} for number in shards}
+    while llm.llm_engine.has_unfinished_requests():
+        for request in llm.llm_engine.step():
+            if request.finished:
+                number, position = map(int, request.request_id.split("-")[0].split("/"))
+                done[number][position] = [
+                    {"ids": list(o.token_ids), "truncated": o.finish_reason == "length",
+                     "logp": [step[token].logprob for step, token in zip(o.logprobs, o.token_ids)]}
+                    for o in sorted(request.outputs, key=lambda o: o.index)]
+                if len(done[number]) == len(shards[number]):
+                    responses = done.pop(number)
+                    yield number, [responses[i] for i in range(len(responses))]
+
+
+def stop_tokens(llm):
+    """End-of-turn ids of the checkpoint's generation config; the tokenizer's own EOS vLLM knows by itself."""
+    ids = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
+    return {"stop_token_ids": ids if isinstance(ids, list) else [ids]} if ids is not None else {}
+
+
+def pick_engine(engine):
+    """`auto` takes vLLM where it is installed and a GPU is there, else transformers."""
+    if engine == "auto":
+        try:
+            import vllm  # noqa: F401
+            return "vllm" if torch.cuda.is_available() else "hf"
+        except ImportError:
+            return "hf"
+    if engine == "vllm":
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise InputError("--engine vllm: vLLM is not installed here; install it or use --engine hf") from error
+    return engine
+
+
+def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_model_len=None, gpu_memory_utilization=0.9,
+                trust_remote_code=False):
+    """(generate function of the engine without its sampling settings, function that frees its memory)."""
+    folder = resolve_checkpoint(model)
+    if engine == "hf":
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        return lambda shards, **settings: generate_hf(lm, tokenizer, shards, **settings), lambda: None
+    # each rank has its own engine on its own GPUs: torchrun's variables must not make them look for each other
+    saved, visible = dict(os.environ), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[local_rank * tensor_parallel:(local_rank + 1) * tensor_parallel])
+    for name in [k for k in os.environ if k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                 or k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD"))]:
+        del os.environ[name]
+    from vllm import LLM
+    llm = LLM(model=str(folder), tensor_parallel_size=tensor_parallel, max_model_len=max_model_len, seed=0,
+              gpu_memory_utilization=gpu_memory_utilization, trust_remote_code=trust_remote_code,
+              logprobs_mode="processed_logprobs")           # of the distribution that is sampled from, temperature included
+
+    os.environ.update(saved)
+
+    def close():
+        llm.llm_engine.engine_core.shutdown()
+    return lambda shards, **settings: generate_vllm(llm, shards, **settings), close
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------------
+# A shard is a dict of flat ("jagged") tensors: response n is input_ids[offsets[n]:offsets[n+1]], its prompt first.
+SHARD_FIELDS = {"input_ids": torch.int32, "offsets": torch.int64, "prompt_len": torch.int32, "prompt_index": torch.int64,
+                "reward": torch.float32, "truncated": torch.bool, "sampler_logp": torch.float32}
+
+
+def build_shard(prompts, responses, rewards, rewards_think, meta):
+    """prompts: list of (index, ids); responses: per prompt a list of dicts; rewards: flat list in the same order."""
+    flat = [(index, ids, r) for (index, ids), group in zip(prompts, responses, strict=True) for r in group]
+    lengths = torch.tensor([len(ids) + len(r["ids"]) for _, ids, r in flat])
+    shard = {
+        "version": SHARD_VERSION,
+        "input_ids": torch.tensor([t for _, ids, r in flat for t in ids + r["ids"]], dtype=torch.int32),
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        "prompt_len": torch.tensor([len(ids) for _, ids, _ in flat], dtype=torch.int32),
+        "prompt_index": torch.tensor([index for index, _, _ in flat], dtype=torch.int64),
+        "reward": torch.tensor(rewards, dtype=torch.float32),
+        "truncated": torch.tensor([r["truncated"] for _, _, r in flat]),
+        "sampler_logp": torch.tensor([x for _, _, r in flat for x in r["logp"] or [math.nan] * len(r["ids"])], dtype=torch.float32),
+        "meta": meta,
+    }
+    if rewards_think is not None:
+        shard["reward_think"] = torch.tensor(rewards_think, dtype=torch.float32)
+    return shard
+
+
+def read_shard(path):
+    """One shard, checked: InputError names the file if it is not a complete shard of this version."""
+    try:
+        shard = torch.load(path, weights_only=True, mmap=True)
+    except Exception as error:                              # torch raises a dozen types on a damaged or foreign file
+        raise InputError(f"{path} is not a readable shard ({type(error).__name__}): delete it and run rollout.py again") from error
+    if not isinstance(shard, dict) or shard.get("version") != SHARD_VERSION or not isinstance(shard.get("meta"), dict):
+        raise InputError(f"{path} is not a rollout shard of version {SHARD_VERSION}: sample again with this rollout.py")
+    for key, dtype in SHARD_FIELDS.items():
+        if not isinstance(shard.get(key), torch.Tensor) or shard[key].dtype != dtype or shard[key].dim() != 1:
+            raise InputError(f"{path}: {key} is missing or not a flat {dtype} tensor")
+    lengths, n = shard["offsets"].diff(), len(shard["prompt_len"])
+    consistent = (len(lengths) == n and shard["offsets"][0] == 0 and shard["offsets"][-1] == len(shard["input_ids"])
+                  and bool((lengths > shard["prompt_len"]).all()) and bool((shard["prompt_len"] > 0).all())
+                  and all(len(shard[k]) == n for k in ("prompt_index", "reward", "truncated"))
+                  and len(shard["sampler_logp"]) == int((lengths - shard["prompt_len"]).sum()))
+    if not consistent:
+        raise InputError(f"{path}: its tensors do not fit together (offsets, prompt_len, rewards): delete it and sample again")
+    if not bool(((shard["reward"] == 0) | (shard["reward"] == 1)).all()):
+        raise InputError(f"{path}: rewards must be 0 or 1")
+    return shard
+
+
+def load_shards(folder):
+    """All shards of a finished rollout run, in order (section "shards" above). InputError if any is missing or damaged.
+
+    Also used by teacher.py, distill.py and evaluate.py.
+    """
+    paths = sorted(Path(folder).glob("shard-*.pt"))
+    if not paths:
+        raise InputError(f"{folder} holds no shard-*.pt: give the --out folder of rollout.py")
+    shards = [read_shard(path) for path in paths]
+    meta = shards[0]["meta"]
+    for path, shard in zip(paths, shards):
+        different = [key for key in meta if shard["meta"].get(key) != meta[key]]
+        if different:
+            raise InputError(f"{path} was sampled with another {different[0]} than {paths[0].name}: keep one run per folder")
+    if len(shards) != meta["shards"]:
+        raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: run the same rollout.py command again to finish it")
+    return shards
+
+
+def join_shards(shards):
+    """One dict over all responses: the flat tensors of the shards joined, plus response_offsets [N+1] into flat
+    per-response-token tensors such as log-probs. Also used by teacher.py, distill.py and evaluate.py."""
+    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key != "offsets"}
+    if all("reward_think" in s for s in shards):
+        joined["reward_think"] = torch.cat([s["reward_think"] for s in shards])
+    lengths = torch.cat([s["offsets"].diff() for s in shards])
+    zero = torch.zeros(1, dtype=torch.int64)
+    joined["offsets"] = torch.cat([zero, lengths.cumsum(0)])
+    joined["response_offsets"] = torch.cat([zero, (lengths - joined["prompt_len"]).cumsum(0)])
+    joined["meta"] = shards[0]["meta"]
+    return joined
+
+
+def grade_shard(tokenizer, prompts, responses, answers, args, stats):
+    """Rewards of a shard's responses, and the same looked for after </think> only (None if no response thinks)."""
+    flat = [r for group in responses for r in group]
+    texts = tokenizer.batch_decode([r["ids"] for r in flat], skip_special_tokens=False)
+    golds = [answers[index] for (index, _), group in zip(prompts, responses) for _ in group]
+    rewards = grade(texts, golds, args.task, args.workers, args.grade_timeout, stats)
+    thinks = None
+    if any("</think>" in text for text in texts):
+        thinks = grade([t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts], golds, args.task,
+                       args.workers, args.grade_timeout, {})
+    if args.require_think_end:
+        rewards = thinks or [0.0] * len(rewards)
+    finished = [0.0 if r["truncated"] else 1.0 for r in flat]   # ours: a response cut off at the limit is wrong
+    return [a * b for a, b in zip(rewards, finished)], thinks and [a * b for a, b in zip(thinks, finished)]
+
+
+def sample_rollouts(args, rank=0, world=1, local_rank=0):
+    """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py."""
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    problems = load_prompts(args.prompts, args.prompt_field, args.answer_field)
+    answers = {p["index"]: p["answer"] for p in problems}
+    if args.num_prompts and args.num_prompts < len(problems):
+        problems = random.Random(args.seed).sample(problems, args.num_prompts)
+    encoded = [(p["index"], encode_prompt(tokenizer, p["prompt"], args.prompt_suffix)) for p in problems]
+    slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
+
+    engine = pick_engine(args.engine)
+    settings = dict(n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens, seed=args.seed)
+    version = transformers.__version__ if engine == "hf" else __import__("vllm").__version__
+    prompt_hash = hashlib.sha256(json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode()).hexdigest()
+    meta = {"model": str(args.model), "model_fingerprint": checkpoint_fingerprint(args.model),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), **settings, "engine": engine, "engine_version": version,
+            "prompts": str(args.prompts), "prompts_sha256": prompt_hash, "num_prompts": len(problems),
+            "prompt_suffix": args.prompt_suffix, "task": args.task, "require_think_end": args.require_think_end,
+            "shard_prompts": args.shard_prompts, "shards": len(slices)}
+    paths = [Path(args.out) / f"shard-{i:05d}.pt" for i in range(len(slices))]
+    for path in sorted(Path(args.out).glob("shard-*.pt")):
+        theirs = read_shard(path)["meta"]
+        for key in meta:
+            if theirs.get(key) != meta[key] and key != "model":     # the same weights may be given by another path
+                raise InputError(f"{path} was sampled with {key} = {theirs.get(key)!r}, now {meta[key]!r}: "
+                                 f"use another --out, or delete that folder to start over")
+
+    missing = {i: slices[i] for i in range(len(slices)) if i % world == rank and not paths[i].exists()}
+    stats, start, n_tokens = {}, time.time(), 0
+    if missing:
+        generate, close = open_engine(args.model, engine, tokenizer, local_rank, args.tensor_parallel, args.max_model_len,
+                                      args.gpu_memory_utilization, args.trust_remote_code)
+        bar = tqdm(total=sum(map(len, missing.values())) * args.n, desc="sampling", unit="resp", disable=rank > 0)
+        for number, responses in generate(missing, **settings):
+            rewards, thinks = grade_shard(tokenizer, slices[number], responses, answers, args, stats)
+            shard = build_shard(slices[number], responses, rewards, thinks, meta)
+            write_atomic(paths[number], lambda p: torch.save(shard, p))
+            n_tokens += len(shard["sampler_logp"])
+            bar.update(len(rewards))
+            bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
+        bar.close()
+        close()
+    return bool(missing), stats, n_tokens / max(time.time() - start, 1e-9)
+
+
+def summarize(folder, stats, rate):
+    """Write rollouts.json and print one line: what a run is worth before anything is trained on it."""
+    r = join_shards(load_shards(folder))
+    groups = [r["reward"][r["prompt_index"] == i] for i in r["prompt_index"].unique()]
+    summary = {"responses": len(r["reward"]), "prompts": len(groups), "pass_rate": r["reward"].mean().item(),
+               "all_right": sum(g.min() == 1 for g in groups).item() / len(groups) if groups else 0.0,
+               "all_wrong": sum(g.max() == 0 for g in groups).item() / len(groups) if groups else 0.0,
+               "mean_length": r["response_offsets"].diff().float().mean().item(), "truncated": r["truncated"].float().mean().item(),
+               "tok_per_s": rate, **{f"grading_{k}": v for k, v in stats.items()}}
+    write_json(Path(folder) / "rollouts.json", {"summary": summary, "meta": r["meta"]})
+    print(f"{folder}: {summary['responses']:,} responses to {summary['prompts']:,} prompts | right {summary['pass_rate']:.3f} | "
+          f"all right {summary['all_right']:.3f} | all wrong {summary['all_wrong']:.3f} | length {summary['mean_length']:.1f} | "
+          f"truncated {summary['truncated']:.3f} | grading time-outs {stats.get('timeouts', 0)} | {rate:,.0f} tok/s")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = p.add_argument
+    # Model and data
+    arg("--model", required=True, help="the policy that writes the rollouts, pi_old: folder or hub name")
+    arg("--prompts", required=True, help=".jsonl, .json, .csv, .parquet or a hub data set with problems and answers")
+    arg("--out", type=Path, required=True, help="folder of the shards")
+    arg("--num-prompts", type=int, default=1000, help="a random N of the prompts by --seed, 0 for all in order (Sec. 4.1: 1,000)")
+    arg("--prompt-field", help="field of the problem, if it has an unusual name")
+    arg("--answer-field", help="field of the gold answer, if it has an unusual name")
+    arg("--prompt-suffix", default="", help="text added to every problem, such as an instruction to box the answer")
+    # Sampling
+    arg("--n", type=int, default=16, help="responses per prompt (Sec. 4.1)")
+    arg("--temperature", type=float, default=0.6, help="Sec. 4.1: 0.6, and 1.0 for Qwen3.5")
+    arg("--top-p", type=float, default=1.0, help="ours: 1, so that pi_old is the distribution sampled from")
+    arg("--top-k", type=int, default=-1, help="-1 for all tokens")
+    arg("--max-tokens", type=int, default=32768, help="longest response (Sec. 4.1)")
+    arg("--seed", type=int, default=0, help="of the choice of prompts and of the sampling")
+    # Engine
+    arg("--engine", choices=["auto", "vllm", "hf"], default="auto", help="auto: vLLM on a GPU, else transformers")
+    arg("--tensor-parallel", type=int, default=1, help="GPUs per vLLM engine")
+    arg("--max-model-len", type=int, help="context that vLLM reserves memory for (default: the model's)")
+    arg("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU that vLLM takes")
+    arg("--shard-prompts", type=int, default=16, help="prompts per shard; with --engine hf also the batch, times n")
+    arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    # Grading
+    arg("--task", choices=["math"], default="math", help="how rewards are decided")
+    arg("--require-think-end", action="store_true", help="reward only answers after </think> (default: any last box)")
+    arg("--workers", type=int, default=2, help="grading processes")
+    arg("--grade-timeout", type=float, default=10.0, help="seconds per answer")
+    args = p.parse_args(argv)
+    for name in ("n", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.num_prompts < 0:
+        p.error("--temperature and --num-prompts must not be negative, and --top-p in (0, 1]")
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    sampled, stats, rate = sample_rollouts(args, rank, world, local_rank)
+    complete = len(list(args.out.glob("shard-*.pt"))) == read_shard(args.out / "shard-00000.pt")["meta"]["shards"] \
+        if (args.out / "shard-00000.pt").exists() else False
+    if complete and (sampled or not (args.out / "rollouts.json").exists()):
+        summarize(args.out, stats, rate)                    # the rank that finishes last sees all shards
+    elif not sampled and rank == 0:
+        print(f"{args.out}: already finished")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,653 @@
+"""
+Stage 1: train a teacher on one fixed batch of rollouts, for dozens of weakly constrained off-policy steps (Sec. 3.1, 3.4).
+
+    CE    R(y) = beta * sum_t log pi/pi_old,  BCE with logits of R(y) against the reward            Eq. 2, 3
+    MSE   (pi(a|s) - R)^2 per token: unlearns first, then recovers, and ends degenerate            Eq. 10
+    SAPO, GRPO, SFT: the losses they are compared with                                             Sec. 4.1
+
+The teacher extracts the signal of the batch and drifts; it is not the result. distill.py takes what it learnt back
+into pi_old, inside a trust region.
+
+1 GPU, or CPU:  python teacher.py --model M --rollouts runs/rollouts --out runs/teacher --loss ce --beta 0.001
+8 GPUs:         torchrun --standalone --nproc-per-node 8 teacher.py ...
+
+Words used in all files: pi_old wrote the rollouts and is where training starts; pi_e is the trained teacher; pi_un an
+early, "unlearned" checkpoint of an MSE run. B responses, T tokens, V vocabulary, D hidden size, N tokens of a flat list.
+`logp[:, t]` is the log-probability of `input_ids[:, t + 1]`. R is the reward, 0 or 1. Read next: distill.py.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from rollout import (InputError, checkpoint_fingerprint, join_shards, load_shards, load_tokenizer, resolve_checkpoint, run_main,
+                     tokenizer_fingerprint, write_atomic, write_json)
+
+transformers.utils.logging.disable_progress_bar()           # one bar per run: ours
+
+
+# ---- log-probs: one function for every role ----------------------------------------------------------------------------
+
+VOCAB_TILE = 8192                                           # columns of the head that are in memory at once
+
+
+class HeadLogps(torch.autograd.Function):
+    """log p(target) and entropy of softmax(h W^T / temperature), in tiles of tokens x vocabulary.
+
+    At 32k tokens and V = 152k the logits are 20 GB in fp32. Here they exist one tile at a time: forward keeps only the
+    log-normaliser and the entropy of each token, backward computes the tiles again. With p = softmax(z), z the logits,
+
+        d logp / dz_v = 1[v = target] - p_v          d H / dz_v = -p_v (log p_v + H)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        wide = torch.promote_types(hidden.dtype, torch.float32)         # fp32 from the logits on
+        top, total, first, target_logit = (torch.full((len(hidden),), fill, dtype=wide, device=hidden.device)
+                                           for fill in (-math.inf, 0.0, 0.0, 0.0))
+        for rows in torch.arange(len(hidden)).split(chunk):
+            i = slice(rows[0], rows[-1] + 1)
+            for v in range(0, len(weight), VOCAB_TILE):
+                z = tile_logits(hidden[i], weight[v:v + VOCAB_TILE], temperature, wide)     # (C, tile)
+                new_top = torch.maximum(top[i], z.max(dim=1).values)
+                here = targets[i] - v
+                inside = (here >= 0) & (here < z.shape[1])
+                target_logit[i] += z.gather(1, here.clamp(0, z.shape[1] - 1)[:, None])[:, 0] * inside
+                shrink = (top[i] - new_top).exp()                       # rescale what earlier tiles summed
+                e = (z - new_top[:, None]).exp_()
+                total[i] = total[i] * shrink + e.sum(1)                 # sum of exp(z)
+                first[i] = first[i] * shrink + torch.linalg.vecdot(e, z)    # sum of exp(z) z
+                top[i] = new_top
+        log_z = top + total.log()
+        entropy = log_z - first / total                                 # H = log Z - E[z]
+        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+        ctx.temperature, ctx.chunk, ctx.wide = temperature, chunk, wide
+        return target_logit - log_z, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden.shape, dtype=ctx.wide, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
+        for v in range(0, len(weight), VOCAB_TILE):         # vocabulary outside: each slice of dW is summed once, in fp32
+            w = weight[v:v + VOCAB_TILE]
+            grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
+            for rows in torch.arange(len(hidden)).split(ctx.chunk):
+                i = slice(rows[0], rows[-1] + 1)
+                log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
+                p = log_p.exp()
+                here = targets[i] - v
+                inside = (here >= 0) & (here < len(w))
+                grad_z = log_p.add_(entropy[i, None]).mul_(-grad_entropy[i, None]).sub_(grad_logp[i, None]).mul_(p)
+                grad_z[inside.nonzero()[:, 0], here[inside]] += grad_logp[i][inside]
+                grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
+                grad_hidden[i] += grad_z @ w.to(hidden.dtype)
+                grad_w += grad_z.T @ hidden[i]
+            grad_weight[v:v + VOCAB_TILE] = grad_w
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def tile_logits(hidden, weight, temperature, wide):
+    """(C, D) x (tile, D) -> (C, tile), accumulated and kept in `wide` (on CUDA the product itself comes out in fp32)."""
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != wide:
+        return torch.mm(hidden, weight.T, out_dtype=wide).div_(temperature)
+    return torch.mm(hidden, weight.T).to(wide).div_(temperature)
+
+
+def logps_from_hidden(hidden, weight, targets, temperature=1.0, chunk=1024, with_entropy=True):
+    """Log-probs of `targets` [N] (nats) and entropies under the head `weight` [V, D] at hidden states [N, D].
+
+    Returns (logp [N], entropy [N] or None) in fp32 (fp64 for fp64 input), both differentiable in hidden and weight.
+    `chunk` is the number of tokens per tile and changes memory, not values.
+    """
+    logp, entropy = HeadLogps.apply(hidden, weight, targets.long(), temperature, chunk)
+    return logp, entropy if with_entropy else None
+
+
+def exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, temperature=1.0):
+    """KL(pi || pi_old) in nats over the whole vocabulary at each of N states: [N], differentiable in hidden and weight.
+
+    ours: the estimate from sampled tokens misses mass that leaks to tokens that nobody sampled; this sum sees it.
+    """
+    def rows_kl(h, h_old, w, w_old):
+        wide = torch.promote_types(h.dtype, torch.float32)
+        logp = tile_logits(h, w, temperature, wide).log_softmax(-1)                 # (C, V)
+        logp_old = tile_logits(h_old, w_old, temperature, wide).log_softmax(-1)
+        return (logp.exp() * (logp - logp_old)).sum(-1)                             # (C,)
+
+    rows = max(1, 2 ** 24 // len(weight))                   # 64 MB of fp32 logits; rebuilt in backward
+    kls = [checkpoint(rows_kl, h, h_old, weight, old_weight, use_reentrant=False)
+           for h, h_old in zip(hidden.split(rows), old_hidden.split(rows))]
+    return torch.cat(kls)
+
+
+def hidden_states(model, input_ids):
+    """Last hidden states (B, T-1, D) that predict tokens 1 to T-1. Right padding needs no mask: attention is causal."""
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):     # bf16 forward on GPU only
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+
+
+def token_logps(model, input_ids, temperature=1.0, chunk=1024, mask=None):
+    """log pi(a_t | s_t) and the entropy of pi(. | s_t) in nats, for every token of input_ids (B, T) but the first.
+
+    Returns two (B, T-1) tensors in fp32; with a mask (B, T-1) only its positions are computed, the others are 0.
+    The distribution is the one that was sampled from: logits / temperature, not truncated by top-p.
+    """
+    keep = torch.ones_like(input_ids[:, 1:], dtype=torch.bool) if mask is None else mask.bool()
+    hidden = hidden_states(model, input_ids)[keep]                                  # (N, D)
+    flat = logps_from_hidden(hidden, model.get_output_embeddings().weight, input_ids[:, 1:][keep], temperature, chunk)
+    return tuple(torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x) for x in flat)
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward returns log-probs: DDP synchronises the gradients only of what runs inside forward.
+
+    old_lm, if given, is a frozen pi_old for the exact KL. Also used by distill.py.
+    """
+
+    def __init__(self, lm, temperature=1.0, chunk=1024, old_lm=None):
+        super().__init__()
+        self.lm, self.temperature, self.chunk = lm, temperature, chunk
+        self.old_lm = old_lm.requires_grad_(False).eval() if old_lm is not None else None
+
+    def forward(self, input_ids, mask):
+        """(logp, entropy, exact KL to pi_old or None), each (B, T-1) and 0 outside the mask."""
+        if self.old_lm is None:
+            return *token_logps(self.lm, input_ids, self.temperature, self.chunk, mask), None
+        keep = mask.bool()
+        hidden, weight = hidden_states(self.lm, input_ids)[keep], self.lm.get_output_embeddings().weight
+        with torch.no_grad():
+            old_hidden, old_weight = hidden_states(self.old_lm, input_ids)[keep], self.old_lm.get_output_embeddings().weight
+        flat = (*logps_from_hidden(hidden, weight, input_ids[:, 1:][keep], self.temperature, self.chunk),
+                exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, self.temperature))
+        return tuple(torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x) for x in flat)
+
+
+# ---- losses: each returns a SUM, over responses (ce, sapo) or response tokens (the others); the loop divides -----------
+# logp, old_logp, mask (B, T-1) float; reward (B,); adv (B,) or (B, T-1)
+
+def log_ratio(logp, old_logp, mask):
+    """log pi/pi_old, 0 outside the mask. ours: clamped to +-20, or exp overflows and 0 * inf is NaN in the gradient."""
+    return (logp - old_logp).masked_fill(mask == 0, 0.0).clamp(-20, 20)
+
+
+def implicit_reward(logp, old_logp, mask, beta, reduce="sum"):
+    """R(y) = beta * sum (or mean) over tokens of log pi/pi_old, (B,): Eq. 3."""
+    total = beta * (logp - old_logp).masked_fill(mask == 0, 0.0).sum(1)
+    return total if reduce == "sum" else total / mask.sum(1).clamp(min=1)
+
+
+def ce_loss(logp, old_logp, mask, reward, beta, reduce="sum"):
+    """Binary cross-entropy of R(y) against the reward (Eq. 2, whose sign the paper prints reversed). Sum over responses."""
+    return F.binary_cross_entropy_with_logits(implicit_reward(logp, old_logp, mask, beta, reduce), reward, reduction="sum")
+
+
+def mse_loss(logp, mask, reward, negative_weight=1.0):
+    """(pi(a|s) - R)^2 on probabilities (Eq. 10), negatives weighted by w of Table 9. Sum over response tokens."""
+    prob = logp.masked_fill(mask == 0, 0.0).clamp(max=20).exp()
+    weight = torch.where(reward > 0, 1.0, negative_weight)
+    return ((prob - reward[:, None]).square() * weight[:, None] * mask).sum()
+
+
+def sft_loss(logp, mask, reward):
+    """Negative log-likelihood of positive responses (Table 9, recovery by SFT). Sum over their tokens."""
+    return -(logp.masked_fill(mask == 0, 0.0) * (reward[:, None] > 0)).sum()
+
+
+def sapo_loss(logp, old_logp, mask, adv, tau_pos=1.0, tau_neg=1.05):
+    """Soft adaptive policy optimisation: f(r) = 4/tau sigmoid(tau (r - 1)) in place of the clipped ratio (arXiv 2511.20347).
+
+    Mean over the tokens of a response, sum over responses. Gradient weight on logp: 4 p (1-p) r, p = sigmoid(tau (r-1)).
+    """
+    ratio = log_ratio(logp, old_logp, mask).exp()
+    adv = adv[:, None].expand_as(ratio) if adv.dim() == 1 else adv
+    tau = torch.where(adv > 0, tau_pos, tau_neg)
+    objective = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * adv
+    return -((objective * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+
+
+def grpo_loss(logp, old_logp, mask, adv, clip_low=0.2, clip_high=0.28):
+    """Clipped surrogate (Eq. 5) with the thresholds of Sec. 4.1. Sum over response tokens."""
+    ratio = log_ratio(logp, old_logp, mask).exp()
+    adv = adv[:, None] if adv.dim() == 1 else adv
+    objective = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    return -(objective.masked_fill(mask == 0, 0.0)).sum()
+
+
+def group_advantages(reward, prompt_index):
+    """A = (R - mean) / (std + 1e-6) within the responses of a prompt, (B,); std with Bessel's correction, 0 for a group of one."""
+    _, group = prompt_index.unique(return_inverse=True)
+    size = torch.bincount(group).to(reward.dtype)
+    centred = reward - (torch.zeros_like(size).index_add_(0, group, reward) / size)[group]
+    var = torch.zeros_like(size).index_add_(0, group, centred.square()) / (size - 1).clamp(min=1)
+    return centred / (var.sqrt()[group] + 1e-6)
+
+
+# ---- data: whole responses, right-padded -------------------------------------------------------------------------------
+
+def load_rollouts(folder):
+    """Joined shards with their fingerprint added. Also used by distill.py."""
+    rollouts = join_shards(load_shards(folder))
+    digest = hashlib.sha256()
+    for key in ("input_ids", "offsets", "prompt_len", "prompt_index", "reward"):
+        digest.update(rollouts[key].numpy().tobytes())
+    rollouts["fingerprint"] = digest.hexdigest()
+    return rollouts
+
+
+def pad_responses(rollouts, indices, device, *token_values):
+    """Micro-batch of responses: input_ids (B, T), mask (B, T-1), then each flat per-response-token tensor as (B, T-1)."""
+    start, end = rollouts["offsets"][indices], rollouts["offsets"][indices + 1]
+    ids = [rollouts["input_ids"][a:b].long() for a, b in zip(start, end)]
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)                    # (B, T); the pad id is never looked at
+    position = torch.arange(input_ids.shape[1] - 1)
+    mask = (position >= rollouts["prompt_len"][indices, None] - 1) & (position < (end - start)[:, None] - 1)
+    spans = [slice(a, b) for a, b in zip(rollouts["response_offsets"][indices], rollouts["response_offsets"][indices + 1])]
+    padded = [torch.zeros(mask.shape).masked_scatter(mask, torch.cat([values[s] for s in spans]).float()) for values in token_values]
+    return [x.to(device) for x in (input_ids, mask.float(), *padded)]
+
+
+def step_batches(rollouts, usable, batch_prompts, seed):
+    """Endless batches of response indices. Batches count prompts; all responses of a prompt stay together.
+
+    An epoch of 1,000 prompts at 32 is 32 steps of 31 or 32 prompts (ours: equal parts instead of a small last batch).
+    """
+    prompts = rollouts["prompt_index"][usable].unique()
+    n_steps = math.ceil(len(prompts) / batch_prompts)
+    epoch = 0
+    while True:
+        order = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1000 + epoch))]
+        for part in order.tensor_split(n_steps):
+            yield torch.nonzero(usable & torch.isin(rollouts["prompt_index"], part))[:, 0]
+        epoch += 1
+
+
+def micro_batches(lengths, micro_tokens, world=1):
+    """Split responses into micro-batches of at most `micro_tokens` padded tokens, and deal them to ranks.
+
+    lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding; dealt longest
+    first to the rank with the least work (dense FLOPs grow with L, attention with L^2; ours: equal at 32k tokens).
+    """
+    if len(lengths) < world:
+        raise InputError(f"a batch of {len(lengths)} responses cannot be split over {world} ranks: raise --batch-prompts")
+    micros = [[]]
+    for i in lengths.argsort(descending=True, stable=True).tolist():
+        if micros[-1] and lengths[micros[-1][0]] * (len(micros[-1]) + 1) > micro_tokens:
+            micros.append([])
+        micros[-1].append(i)
+    while len(micros) % world:                              # every rank gets as many, so none idles for a whole micro-batch
+        widest = max(range(len(micros)), key=lambda m: len(micros[m]))
+        if len(micros[widest]) == 1:
+            break
+        half = len(micros[widest]) // 2
+        micros[widest:widest + 1] = [micros[widest][:half], micros[widest][half:]]
+    cost = [sum(lengths[i].item() * (1 + lengths[i].item() / 32768) for i in m) for m in micros]
+    dealt, load = [[] for _ in range(world)], [0.0] * world
+    for m in sorted(range(len(micros)), key=lambda m: -cost[m]):
+        rank = min(range(world), key=lambda r: (bool(dealt[r]), load[r]))           # none stays empty: DDP would wait for it
+        dealt[rank].append(torch.tensor(micros[m]))
+        load[rank] += cost[m]
+    return dealt
+
+
+# ---- checkpoints and scores --------------------------------------------------------------------------------------------
+
+def setup_ddp():
+    """(rank, world, device); one process without torchrun. Also used by distill.py and evaluate.py."""
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
+
+
+def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False):
+    """A causal LM with fp32 parameters: at lr 1e-6 bf16 weights would round most updates away. Raises InputError.
+
+    Also used by distill.py.
+    """
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a checkpoint that transformers can load: {str(error).splitlines()[0]}") from error
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm.to(device).train()                            # train(): else checkpointing is off; these models have no dropout
+
+
+def save_policy(lm, tokenizer, path, state=None):
+    """An ordinary Hugging Face folder in fp32, complete or absent; `state` (step, optimizer) makes it resumable."""
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if state is not None:
+        torch.save(state, partial / "optimizer.pt")
+    for file in partial.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(partial, path)
+
+
+def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False):
+    """log pi(a|s) of every response token of the rollouts folder under a checkpoint: flat fp32 [sum of response lengths].
+
+    Computed once and kept in ROLLOUTS/scores under the fingerprints of both and the temperature (default: the one
+    sampled with). Under torchrun the ranks share the work; all must call it. with_entropy: (logp, entropy in nats).
+    """
+    data = load_rollouts(rollouts)
+    rank, world, device = setup_ddp()
+    temperature = data["meta"]["temperature"] if temperature is None else temperature
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    path = Path(rollouts) / "scores" / f"{fingerprint[:16]}-{data['fingerprint'][:16]}-T{temperature:g}.pt"
+    if not path.exists():
+        check_tokenizer(checkpoint, data, trust_remote_code)
+        lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
+        total = int(data["response_offsets"][-1])
+        values = torch.zeros(2, total, device=device)                               # logp, entropy
+        mine = micro_batches(data["offsets"].diff(), micro_tokens, world)[rank]
+        with torch.no_grad():
+            for indices in tqdm(mine, desc=f"scoring with {checkpoint}", disable=rank > 0, leave=False):
+                input_ids, mask = pad_responses(data, indices, device)
+                where = torch.cat([torch.arange(data["response_offsets"][i], data["response_offsets"][i + 1]) for i in indices])
+                for row, x in zip(values, token_logps(lm, input_ids, temperature, chunk, mask)):
+                    row[where.to(device)] = x[mask.bool()]
+        del lm
+        if world > 1:
+            dist.all_reduce(values)                                                 # each token was scored by one rank
+        values = values.cpu()
+        if rank == 0:
+            write_atomic(path, lambda p: torch.save({"version": 1, "checkpoint": fingerprint, "rollouts": data["fingerprint"],
+                                                     "temperature": temperature, "logp": values[0].clone(),
+                                                     "entropy": values[1].clone()}, p))
+        if world > 1:
+            dist.barrier()
+    cached = torch.load(path, weights_only=True)
+    if (cached["checkpoint"], cached["rollouts"]) != (fingerprint, data["fingerprint"]):
+        raise InputError(f"{path} belongs to other files: delete it")
+    return (cached["logp"], cached["entropy"]) if with_entropy else cached["logp"]
+
+
+def check_tokenizer(model, rollouts, trust_remote_code=False):
+    """Tokenizer of a checkpoint; InputError if the rollouts' token ids mean something else to it."""
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if tokenizer_fingerprint(tokenizer) != rollouts["meta"]["tokenizer_fingerprint"]:
+        raise InputError(f"{model} has another tokenizer than {rollouts['meta']['model']}, which wrote the rollouts: "
+                         f"use a checkpoint of the same family, or sample again with this one")
+    return tokenizer
+
+
+def find_old(rollouts, old=None):
+    """Path of pi_old, the policy that wrote the rollouts: --old, or the path in their meta; known by its content."""
+    path, wanted = old or rollouts["meta"]["model"], rollouts["meta"]["model_fingerprint"]
+    hint = "give the checkpoint that wrote the rollouts with --old"
+    try:
+        found = checkpoint_fingerprint(path)
+    except InputError as error:
+        raise InputError(f"pi_old of the rollouts, {path}, cannot be read: {hint}") from error
+    if found != wanted:
+        raise InputError(f"{path} is not the policy that wrote the rollouts (fingerprint {found[:12]}, theirs {wanted[:12]}): {hint}")
+    return path
+
+
+# ---- the run: what it was started with, and where it stopped -----------------------------------------------------------
+
+def start_run(out, args, rank, **facts):
+    """Write OUT/run.json, or check it against a run to continue. True if the run is already finished. Also in distill.py."""
+    path, arguments = Path(out) / "run.json", json.loads(json.dumps(vars(args), default=str))
+    if args.fresh and rank == 0 and path.exists():
+        shutil.rmtree(out)
+    if dist.is_initialized():
+        dist.barrier()
+    if path.exists():
+        theirs = json.loads(path.read_text())["args"]
+        different = [k for k in arguments if k not in ("fresh", "micro_tokens", "chunk") and theirs.get(k) != arguments[k]]
+        if different:
+            k = different[0]
+            raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, now {arguments[k]}: "
+                             f"use another --out, or --fresh to start over")
+        return (Path(out) / "final").exists()
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise InputError(f"{out} is not empty and holds no run.json: use another --out")
+    git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    if dist.is_initialized():
+        dist.barrier()                                      # all have looked before the first writes
+    if rank == 0:
+        write_json(path, {"script": Path(sys.argv[0]).name, "args": arguments, "git_commit": git or None,
+                          "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                                       "transformers": transformers.__version__}, **facts})
+    return False
+
+
+def newest_save(out):
+    """(step, folder) of the newest checkpoint with optimizer state, or (0, None)."""
+    saves = [p for p in Path(out).glob("step-*") if p.suffix != ".partial" and (p / "optimizer.pt").exists()]
+    return max(((int(p.name.split("-")[1]), p) for p in saves), default=(0, None))
+
+
+def save_step(out, name, lm, tokenizer, optimizer, step):
+    """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded. Also in distill.py."""
+    save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": optimizer.state_dict()})
+    for older in Path(out).glob("step-*/optimizer.pt"):
+        if older.parent.name != name:
+            older.unlink()
+
+
+def read_metrics(out, step):
+    """Lines of OUT/metrics.jsonl up to `step`: a run that was killed may have written more than its checkpoint knows."""
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def token_sums(logp, entropy, old_logp, mask, reward, sign, clip_low, clip_high):
+    """Sums over response tokens behind the per-step metrics, fp64 [11]; see step_metrics. Also used by distill.py.
+
+    sign (B,) or (B, T-1): which way the loss pushes; a token counts as clipped if its ratio is already past the bound.
+    """
+    with torch.no_grad():
+        d = log_ratio(logp, old_logp, mask)
+        ratio, prob = d.exp(), logp.masked_fill(mask == 0, 0.0).clamp(max=20).exp()
+        sign = sign[:, None] if sign.dim() == 1 else sign
+        clipped = ((sign > 0) & (ratio > 1 + clip_high)) | ((sign < 0) & (ratio < 1 - clip_low))
+        positive = mask * (reward[:, None] > 0)
+        residual = reward[:, None] - prob
+        rows = (ratio - 1 - d, entropy, clipped, ratio, prob * positive, positive, prob * (mask - positive), mask - positive,
+                residual, residual.square(), reward[:, None].expand_as(mask))
+        return torch.stack([(x * mask).double().sum() for x in rows])
+
+
+def step_metrics(sums):
+    """Per-token means with the names of metrics.jsonl. kl_old_new is k3 on the rollouts, an estimate of KL(pi_old || pi)."""
+    k3, entropy, clipped, ratio, pos, n_pos, neg, n_neg, res, res2, rew = sums.tolist()
+    n = n_pos + n_neg
+    var_reward, var_residual = rew / n - (rew / n) ** 2, res2 / n - (res / n) ** 2
+    return {"kl_old_new": k3 / n, "entropy": entropy / n, "clip_frac": clipped / n, "ratio_mean": ratio / n,
+            "prob_pos": pos / n_pos if n_pos else None, "prob_neg": neg / n_neg if n_neg else None,
+            "explained_variance": 1 - var_residual / var_reward if var_reward > 0 else None}
+
+
+def pair_accuracy(values, reward, prompt_index):
+    """Share of (right, wrong) pairs of one prompt that `values` (B,) orders rightly; None without pairs."""
+    right = total = 0
+    for i in prompt_index.unique():
+        pos, neg = values[(prompt_index == i) & (reward > 0)], values[(prompt_index == i) & (reward == 0)]
+        right += (pos[:, None] > neg).sum().item()
+        total += len(pos) * len(neg)
+    return right / total if total else None
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = p.add_argument
+    # Checkpoints and data
+    arg("--model", required=True, help="where training starts: pi_old, or another checkpoint with its tokenizer")
+    arg("--rollouts", type=Path, required=True, help="folder of rollout.py")
+    arg("--out", type=Path, required=True, help="checkpoints step-*/ and final/, run.json, metrics.jsonl")
+    arg("--old", help="pi_old, if it is no longer at the path that the rollouts name")
+    arg("--drop-truncated", action="store_true", help="leave out responses that hit the token limit (default: reward 0)")
+    # Loss
+    arg("--loss", choices=["ce", "sapo", "grpo", "mse", "sft"], required=True, help="Sec. 4.1")
+    arg("--beta", type=float, default=0.001, help="CE: weight of the log-ratio in R(y) (Sec. 4.1: 0.001 to 0.05)")
+    arg("--reduce", choices=["sum", "mean"], default="sum", help="CE: over the tokens of a response (Sec. 4.1: tuned)")
+    arg("--ref", choices=["old", "start"], default="old", help="CE: reference of R(y); start for an unlearned --model (Table 8)")
+    arg("--negative-weight", type=float, default=1.0, help="MSE: w of Table 9")
+    arg("--kl-coef", type=float, default=0.0, help="weight of a KL to pi_old (Fig. 6: 2)")
+    arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: whole vocabulary, keeps pi_old in memory")
+    # Optimization
+    arg("--steps", type=int, help="optimizer steps (default: 2 epochs)")
+    arg("--epochs", type=float, help="passes over the prompts instead of --steps")
+    arg("--batch-prompts", type=int, default=32, help="prompts per step over all ranks (Sec. 4.1: 32, 64, 256)")
+    arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass and rank; lower it when out of memory")
+    arg("--chunk", type=int, default=1024, help="tokens per tile of the head")
+    arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
+    arg("--max-grad-norm", type=float, default=1.0)
+    arg("--optimizer-from", type=Path, help="OUT of an earlier run whose Adam state is carried over (on-policy mode)")
+    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: less memory, 1.3x time")
+    arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
+    arg("--seed", type=int, default=0, help="order of the prompts")
+    # Saving
+    arg("--save-every", type=int, default=10, help="steps between checkpoints")
+    arg("--fresh", action="store_true", help="delete what --out holds and start over")
+    arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    args = p.parse_args(argv)
+    if args.steps and args.epochs:
+        p.error("give --steps or --epochs, not both")
+    for name in ("steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "beta", "max_grad_norm"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} must be positive")
+    return args
+
+
+def main():
+    args = parse_args()
+    # ---- data and checks: before any model is loaded -------------------------------------------------------------------
+    rollouts = load_rollouts(args.rollouts)
+    tokenizer = check_tokenizer(args.model, rollouts, args.trust_remote_code)
+    old = find_old(rollouts, args.old)
+    temperature = args.logp_temperature or rollouts["meta"]["temperature"]
+    reward = rollouts["reward"]
+    usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
+    for name, count in (("right", (usable & (reward > 0)).sum()), ("wrong", (usable & (reward == 0)).sum())):
+        if count == 0:
+            raise InputError(f"{args.rollouts} has no {name} response: nothing can be learnt from it; sample other prompts")
+    if args.loss == "sft":
+        usable &= reward > 0
+    rank, world, device = setup_ddp()
+    finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model), rollouts_fingerprint=rollouts["fingerprint"])
+    if finished:
+        if rank == 0:
+            print(f"{args.out}: already finished")
+        return
+
+    # ---- reference log-probs, each scored once, and then the one model that trains ---------------------------------------
+    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk, trust_remote_code=args.trust_remote_code)
+    old_logp = score(old, args.rollouts, **options)
+    ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
+    adv = group_advantages(reward, rollouts["prompt_index"])
+    step, save = newest_save(args.out)
+    lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
+    policy = Policy(lm, temperature, args.chunk, old_lm)
+    model = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else policy
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    carried = save or (args.optimizer_from and args.optimizer_from / "final")
+    if carried:
+        optimizer.load_state_dict(torch.load(carried / "optimizer.pt", weights_only=True, map_location=device)["optimizer"])
+    n_prompts = len(rollouts["prompt_index"][usable].unique())
+    steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
+    metrics = read_metrics(args.out, step)
+
+    # ---- training loop ---------------------------------------------------------------------------------------------------
+    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
+    for _ in range(step):
+        next(batches)
+    bar = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0)
+    lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+    while step < steps:
+        step, start, batch = step + 1, time.time(), next(batches)
+        n_tokens, n_responses = response_lengths[batch].sum().item(), len(batch)    # of the whole step, on every rank
+        micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
+        sums = torch.zeros(12, dtype=torch.float64, device=device)                  # loss, then token_sums
+        implicit = torch.zeros(n_responses, device=device)                          # R(y) of each response of the step
+        for i, micro in enumerate(micros):
+            model.require_backward_grad_sync = i == len(micros) - 1                 # one all-reduce per step
+            idx = batch[micro]
+            input_ids, mask, old_lp, ref_lp = pad_responses(rollouts, idx, device, old_logp, ref_logp)
+            r, a = reward[idx].to(device), adv[idx].to(device)
+            logp, entropy, exact_kl = model(input_ids, mask)
+            if args.loss == "ce":
+                loss = ce_loss(logp, ref_lp, mask, r, args.beta, args.reduce) / n_responses     # Eq. 2
+            elif args.loss == "mse":
+                loss = mse_loss(logp, mask, r, args.negative_weight) / n_tokens                 # Eq. 10
+            elif args.loss == "sapo":
+                loss = sapo_loss(logp, old_lp, mask, a) / n_responses
+            elif args.loss == "grpo":
+                loss = grpo_loss(logp, old_lp, mask, a) / n_tokens                              # Eq. 5
+            else:
+                loss = sft_loss(logp, mask, r) / n_tokens
+            if args.kl_coef:
+                d = log_ratio(logp, old_lp, mask)
+                kl = exact_kl if exact_kl is not None else d.exp() * (d.neg().exp() - 1 + d)    # r * k3 of KL(pi || pi_old)
+                loss = loss + args.kl_coef * (kl * mask).sum() / n_tokens
+            (loss * world).backward()                                               # DDP averages over ranks; we want the sum
+            sums[0] += loss.detach()
+            sums[1:] += token_sums(logp, entropy, old_lp, mask, r, 2 * r - 1, 0.2, 0.28)
+            implicit[micro.to(device)] = implicit_reward(logp.detach(), ref_lp, mask, args.beta, args.reduce)
+        grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
+        if world > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(implicit)
+        if not (math.isfinite(grad_norm) and math.isfinite(sums[0].item())):
+            raise RuntimeError(f"step {step}: loss {sums[0].item()} and gradient norm {grad_norm} are not finite; prompts of the "
+                               f"batch: {rollouts['prompt_index'][batch].unique().tolist()}; the last checkpoint is intact")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ---- metrics and saving ------------------------------------------------------------------------------------------
+        seconds = time.time() - start
+        m = {"step": step, "loss": sums[0].item(), "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
+             "tok_per_s": n_tokens / seconds, "seconds": seconds,
+             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None, **step_metrics(sums[1:])}
+        if args.loss == "ce":
+            sign_right = (implicit.cpu() > 0) == (reward[batch] > 0)
+            m |= {"reward_acc": sign_right.float().mean().item(),
+                  "reward_pair_acc": pair_accuracy(implicit.cpu(), reward[batch], rollouts["prompt_index"][batch])}
+        metrics.append(json.dumps(m) + "\n")
+        if rank == 0:
+            write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
+            bar.update()
+            bar.write(f"step {step:03d}/{steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | entropy {m['entropy']:.3f} | "
+                      f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+            if step % args.save_every == 0 and step < steps:
+                save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
+    if rank == 0:
+        save_step(args.out, "final", lm, tokenizer, optimizer, step)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
