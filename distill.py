@@ -134,9 +134,13 @@ def main():
     # ---- data and checks: before any model is loaded -------------------------------------------------------------------
     rollouts = load_rollouts(args.rollouts)
     tokenizer = check_tokenizer(args.student, rollouts, args.trust_remote_code)
-    for checkpoint in {args.teacher, args.denominator} - {"none", "old", "live"}:
-        check_tokenizer(checkpoint, rollouts, args.trust_remote_code)
     old = find_old(rollouts, args.old)
+    content = {"none": "none", "live": "live", "old": rollouts["meta"]["model_fingerprint"]}
+    for checkpoint in {args.teacher, args.denominator} - set(content):
+        check_tokenizer(checkpoint, rollouts, args.trust_remote_code)
+        content[checkpoint] = checkpoint_fingerprint(checkpoint)
+    if content[args.teacher] == content[args.denominator]:
+        raise InputError(f"--teacher {args.teacher} and --denominator {args.denominator} are the same policy: the signal would be zero")
     temperature = args.logp_temperature or rollouts["meta"]["temperature"]
     usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
     if not usable.any():
@@ -164,8 +168,6 @@ def main():
     token_usable = usable.repeat_interleave(response_lengths)
     signal = mask_signal(teacher_logp - role_logp(args.denominator), positive, args.positive_signal)
     mean, std = whitening(signal, token_usable)
-    if std < 1e-7:
-        raise InputError(f"the signal is constant: --teacher {args.teacher} and --denominator {args.denominator} are the same policy")
     adv = whiten(signal, token_usable)                                              # fixed from here on, unless live
     if rank == 0:
         run = json.loads((args.out / "run.json").read_text())
@@ -176,7 +178,7 @@ def main():
     lm = load_policy(save or args.student, device, args.checkpointing, args.trust_remote_code)
     old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
-    model = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else policy
+    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     if save:
         optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location=device)["optimizer"])
@@ -200,7 +202,7 @@ def main():
             logp, entropy, exact_kl = model(input_ids, mask)
             if args.denominator == "live":                                          # Fig. 7: follows the student, detached
                 live = mask_signal(teacher_lp - logp.detach(), reward[:, None] > 0, args.positive_signal)
-                a_hat = (live - mean.item()) / std.item() * mask
+                a_hat = (live - mean.item()) / (std.item() + 1e-8) * mask
             loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef, args.entropy_coef, exact_kl) / n_tokens
             (loss * world).backward()                                               # DDP averages over ranks; we want the sum
             sums[0] += loss.detach()
@@ -231,8 +233,7 @@ def main():
     if rank == 0:
         save_step(args.out, "final", lm, tokenizer, optimizer, step)
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()                                      # the others wait until the checkpoint is complete
 
 
 if __name__ == "__main__":

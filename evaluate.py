@@ -363,8 +363,6 @@ def main():
                       f"entropy {row['entropy']:.3f} | length {row['mean_length']:.1f} | truncated {row['truncated']:.3f} | {row['seconds']:.0f} s")
             if world > 1:
                 dist.barrier()
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

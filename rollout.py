@@ -22,6 +22,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pebble
@@ -41,12 +42,21 @@ class InputError(ValueError):
 
 def run_main(main):
     """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else. Also used by the others."""
+    code = 0
     try:
         main()
     except InputError as error:
+        code = 2
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():                  # gloo's destructor can wait for a thread that waits for Python's
+        os._exit(code)                                      # lock: a finished rank would hang, and torchrun with it
+    sys.exit(code)
 
 
 # ---- files: complete or absent, and known by content ------------------------------------------------------------------

@@ -428,7 +428,7 @@ def start_run(out, args, rank, **facts):
             raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, now {arguments[k]}: "
                              f"use another --out, or --fresh to start over")
         return (Path(out) / "final").exists()
-    if Path(out).exists() and any(Path(out).iterdir()):
+    if any(p.suffix != ".partial" for p in Path(out).glob("*")):
         raise InputError(f"{out} is not empty and holds no run.json: use another --out")
     git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     if dist.is_initialized():
@@ -570,7 +570,7 @@ def main():
     lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
     old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
-    model = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else policy
+    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     carried = save or (args.optimizer_from and args.optimizer_from / "final")
     if carried:
@@ -645,8 +645,7 @@ def main():
     if rank == 0:
         save_step(args.out, "final", lm, tokenizer, optimizer, step)
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()                                      # the others wait until the checkpoint is complete
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The task: chains of labelled operations modulo 10, read from left to right. `2A+
 7 - 9 = 8, then 8 @ 3 = 8 + 2 * 3 = 4, so the answer is 4. The model learns from demonstrations by a solver that
 is unreliable in the ways that make the world a test of the method:
 
-  * each written step is wrong with probability 0.06, and the error propagates;
+  * each written step is wrong with probability 0.05, and the error propagates;
   * six demonstrations in ten use the wrong rule for `@` (2a + b) throughout, so the habit of the majority is wrong
     and sampling at a low temperature does not repair it;
   * three styles: fast, careful (each step is computed again after `?`, and once more after `!` if the two differ)
@@ -44,7 +44,7 @@ def apply(op, a, b, wrong_rule=False):
 def draw_problem(rng, min_ops, max_ops):
     """(start digit, [(operation, digit), ...])"""
     n = rng.randint(min_ops, max_ops)
-    ops = [("@" if rng.random() < 0.15 else rng.choice("+-"), rng.randrange(10)) for _ in range(n)]
+    ops = [("@" if rng.random() < 0.12 else rng.choice("+-"), rng.randrange(10)) for _ in range(n)]
     return rng.randrange(10), ops
 
 
@@ -58,7 +58,7 @@ def true_answer(start, ops):
     return start
 
 
-def demonstrate(rng, start, ops, error_rate=0.06):
+def demonstrate(rng, start, ops, error_rate=0.05):
     """A solution as the unreliable solver writes it, the final answer in a box."""
     wrong_rule = rng.random() < 0.6
     style = rng.choices(["fast", "careful", "skipping"], weights=[55, 25, 20])[0]

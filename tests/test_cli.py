@@ -1,0 +1,166 @@
+"""The command lines as a user meets them: help, exit codes, what is refused, and the driver from end to end."""
+import ast
+import json
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+import conftest
+
+SCRIPTS = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "tests/toy.py"])
+def test_help_exits_zero(script):
+    done = conftest.run_script(script, "--help")
+    assert "--out" in done.stdout and len(done.stdout.splitlines()) < 120
+
+
+def imports(script):
+    tree = ast.parse((conftest.ROOT / script).read_text())
+    names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)] + [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    return {name for name in names if f"{name}.py" in SCRIPTS}
+
+
+def test_imports_follow_the_pipeline():
+    assert imports("rollout.py") == set() and imports("teacher.py") == {"rollout"}
+    assert imports("distill.py") == imports("evaluate.py") == {"rollout", "teacher"}
+
+
+def test_vllm_is_imported_only_inside_functions():
+    top = [n for n in ast.parse((conftest.ROOT / "rollout.py").read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert not any("vllm" in (getattr(n, "module", "") or "") or any("vllm" in a.name for a in n.names) for n in top)
+
+
+def test_top_level_holds_only_what_the_layout_allows():
+    tracked = subprocess.run(["git", "ls-files"], cwd=conftest.ROOT, capture_output=True, text=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
+    assert top <= {"README.md", "requirements.txt", "run_rounds.sh", "tests", "LICENSE", *SCRIPTS}
+
+
+def snapshot(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def refused(folder, *argv):
+    """Exit code 2, one line on stderr, no file changed; returns the line."""
+    before = snapshot(folder)
+    done = conftest.run_script(*argv, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    assert snapshot(folder) == before
+    return lines[0]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path):
+    model, rollouts, other = tiny
+    sample = ["--max-tokens", 8, "--n", 2, "--engine", "hf"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"problem": "1A+1", "answer": "2"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "unanswered.jsonl").write_text('{"problem": "1A+1"}\n')
+    out = ["--out", tmp_path / "out"]
+    assert "nowhere.jsonl does not exist" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "nowhere.jsonl", *out, *sample)
+    assert "holds no prompts" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "empty.jsonl", *out, *sample)
+    assert "unanswered.jsonl:1 has no answer" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "unanswered.jsonl", *out, *sample)
+    assert "does not exist" in refused(tmp_path, "rollout.py", "--model", tmp_path / "no-model", "--prompts", prompts, *out, *sample)
+    assert "holds no shard" in refused(tmp_path, "teacher.py", "--model", model, "--rollouts", tmp_path, *out, "--loss", "ce")
+    assert "does not exist" in refused(tmp_path, "teacher.py", "--model", tmp_path / "no-model", "--rollouts", rollouts, *out, "--loss", "ce")
+    assert "does not exist" in refused(tmp_path, "distill.py", "--student", model, "--teacher", tmp_path / "none-here", "--rollouts", rollouts, *out)
+    assert "does not exist" in refused(tmp_path, "evaluate.py", "--model", model, "--data", f"x={tmp_path}/nowhere.jsonl", "--out", tmp_path / "r.jsonl")
+    assert "same policy" in refused(tmp_path, "distill.py", "--student", model, "--teacher", model, "--rollouts", rollouts, *out)
+
+
+def test_rollouts_of_another_tokenizer_or_of_an_unknown_policy_are_refused(tiny, tmp_path):
+    model, _, other = tiny
+    rollouts = conftest.make_rollouts(tmp_path / "rollouts", model)
+    foreign = conftest.make_model(tmp_path / "foreign")
+    vocabulary = json.loads((foreign / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] = {("so  " if t == "so " else t): i for t, i in vocabulary["model"]["vocab"].items()}
+    (foreign / "tokenizer.json").write_text(json.dumps(vocabulary))
+    out = ["--out", tmp_path / "out"]
+    assert "another tokenizer" in refused(tmp_path, "teacher.py", "--model", foreign, "--rollouts", rollouts, *out, "--loss", "ce")
+    assert "another tokenizer" in refused(tmp_path, "distill.py", "--student", model, "--teacher", foreign, "--rollouts", rollouts, *out)
+    assert "not the policy that wrote the rollouts" in refused(
+        tmp_path, "teacher.py", "--model", other, "--rollouts", rollouts, "--old", other, *out, "--loss", "ce")
+    moved = conftest.make_rollouts(tmp_path / "moved", conftest.make_model(tmp_path / "gone"))
+    (tmp_path / "gone" / "model.safetensors").unlink()
+    assert "--old" in refused(tmp_path, "teacher.py", "--model", model, "--rollouts", moved, *out, "--loss", "ce")
+    conftest.run_script("teacher.py", "--model", model, "--rollouts", moved, "--old", model, *out, "--loss", "ce", "--steps", 1)
+
+
+def test_a_finished_command_touches_nothing_and_other_settings_are_refused(tiny, tmp_path):
+    model, rollouts, _ = tiny
+    command = ["teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "out", "--loss", "ce", "--steps", 2]
+    conftest.run_script(*command)
+    before = snapshot(tmp_path)
+    assert "already finished" in conftest.run_script(*command).stdout
+    assert snapshot(tmp_path) == before
+    assert "--lr 1e-06, now 0.1" in refused(tmp_path, *command, "--lr", 0.1)
+
+
+def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(tiny, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"problem": f"{i}A+{i}", "answer": str(2 * i % 10)}) + "\n" for i in range(7)))
+    command = ["rollout.py", "--model", tiny[0], "--prompts", prompts, "--num-prompts", 0, "--n", 3, "--max-tokens", 10, "--engine", "hf",
+               "--shard-prompts", 2, "--temperature", 1]
+    conftest.run_script(*command, "--out", tmp_path / "one")
+    conftest.run_script(*command, "--out", tmp_path / "two", nproc=2)
+    shards = sorted((tmp_path / "one").glob("shard-*.pt"))
+    assert len(shards) == 4 and json.loads((tmp_path / "one" / "rollouts.json").read_text())["summary"]["responses"] == 21
+    shards[2].unlink()
+    kept = shards[0].stat().st_mtime_ns
+    conftest.run_script(*command, "--out", tmp_path / "one")
+    assert shards[0].stat().st_mtime_ns == kept
+    for path in shards:
+        a, b = (torch.load(folder / path.name, weights_only=True) for folder in (tmp_path / "one", tmp_path / "two"))
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["reward"], b["reward"])
+    assert "max_tokens = 10, now 11" in refused(tmp_path / "one", *command, "--out", tmp_path / "one", "--max-tokens", 11)
+
+
+# ---- the driver ------------------------------------------------------------------------------------------------------------
+
+def run_driver(*argv, **env):
+    return subprocess.run(["./run_rounds.sh", *argv], cwd=conftest.ROOT, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, **env})
+
+
+def test_driver_help_and_unknown_commands():
+    assert "./run_rounds.sh test" in run_driver("help").stdout
+    assert run_driver("nonsense").returncode == 2
+
+
+def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path):
+    done = run_driver(DRY_RUN="1", OUT=str(tmp_path / "demo"))
+    commands = [line.split() for line in done.stdout.splitlines() if line.startswith(("python ", "torchrun "))]
+    assert done.returncode == 0 and not (tmp_path / "demo").exists()
+    assert [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")] == [5, 7, 4]
+    known = {script: set(re.findall(r"--[a-z][a-z-]*", (conftest.ROOT / script).read_text())) for script in {c[1] for c in commands}}
+    for command in commands:
+        assert {word for word in command[2:] if word.startswith("--")} <= known[command[1]]
+
+
+def test_the_driver_end_to_end_at_a_tiny_size_and_again_in_seconds(tmp_path):
+    env = dict(OUT=str(tmp_path / "demo"), ROUNDS="2", TOY="--steps 150 --min-ops 1 --max-ops 1 --train 60 --validation 6 --test 8", PROMPTS_PER_ROUND="12",
+               TEACHER_STEPS="18", MSE_STEPS="12", K="4", VIRTUAL_ENV=os.environ.get("VIRTUAL_ENV", ""))
+    done = run_driver(**env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    demo = tmp_path / "demo"
+    rows = [json.loads(line) for line in (demo / "results.jsonl").read_text().splitlines()]
+    assert {row["benchmark"] for row in rows} == {"validation", "test"}
+    paths = {os.path.relpath(row["model"], demo) for row in rows}
+    assert {"base", "seed0/round1/teacher/step-0016", "seed0/round2/student/final", "seed0/control2/teacher/final", "seed0/mse/student/final"} <= paths
+    for row in rows:
+        assert 0 <= row["avg_at_k"] <= 1 and sum(row["correct_per_problem"]) == round(row["avg_at_k"] * row["k"] * row["n_problems"])
+        assert (row["kl"] == 0) == (row["model"] == row["base"])
+    text = (demo / "report.md").read_text()
+    assert "round2/student" in text and "control2/teacher" in text
+    for figure in re.findall(r"\]\((figures/.*?)\)", text):
+        assert (demo / figure).stat().st_size > 5000
+    before = snapshot(demo)
+    again = run_driver(**env)
+    assert again.returncode == 0 and "+ python" not in again.stdout and snapshot(demo) == before

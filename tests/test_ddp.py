@@ -1,0 +1,71 @@
+"""Ranks and micro-batches change the speed of a step, never its gradient: both stages, with unequal lengths."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import conftest
+import teacher
+
+COMMON = ["--steps", 3, "--batch-prompts", 3, "--lr", "1e-3", "--save-every", 2, "--no-checkpointing"]
+
+
+def weights(folder):
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def largest_gap(a, b):
+    return max((x - b[key]).abs().max().item() for key, x in a.items())
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_two_ranks_match_one_process_in_the_teacher(tiny, tmp_path, loss):
+    model, rollouts, _ = tiny
+    for nproc in (1, 2):
+        conftest.run_script("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / f"{loss}{nproc}", "--loss", loss,
+                            "--beta", 0.5, "--micro-tokens", 120, *COMMON, nproc=nproc)
+    assert largest_gap(weights(tmp_path / f"{loss}1"), weights(tmp_path / f"{loss}2")) < 1e-5
+    first, second = ([json.loads(line) for line in (tmp_path / f"{loss}{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "grad_norm", "kl_old_new", "entropy", "prob_pos", "prob_neg", "tokens"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_two_ranks_match_one_process_in_distillation(tiny, tmp_path):
+    model, rollouts, other = tiny
+    for nproc in (1, 2):
+        conftest.run_script("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / str(nproc),
+                            "--kl-coef", 0.1, "--kl-kind", "exact", "--entropy-coef", 0.01, "--micro-tokens", 120, *COMMON, nproc=nproc)
+    assert largest_gap(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-5
+
+
+LOSSES = {
+    "ce": lambda lp, old, mask, r, a, n_tok, n: teacher.ce_loss(lp, old, mask, r, 0.5) / n,
+    "sapo": lambda lp, old, mask, r, a, n_tok, n: teacher.sapo_loss(lp, old, mask, a) / n,
+    "grpo": lambda lp, old, mask, r, a, n_tok, n: teacher.grpo_loss(lp, old, mask, a) / n_tok,
+    "mse": lambda lp, old, mask, r, a, n_tok, n: teacher.mse_loss(lp, mask, r) / n_tok,
+    "sft": lambda lp, old, mask, r, a, n_tok, n: teacher.sft_loss(lp, mask, r) / n_tok,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_any_split_into_micro_batches_gives_the_same_gradient(tiny, loss):
+    model, rollouts, other = tiny
+    data = teacher.load_rollouts(rollouts)
+    old_logp = teacher.score(model, rollouts)
+    adv = teacher.group_advantages(data["reward"], data["prompt_index"])
+    policy = teacher.Policy(teacher.load_policy(other))
+    lengths, n_tokens, n = data["offsets"].diff(), len(old_logp), len(adv)
+    splits = [teacher.micro_batches(lengths, budget, world) for budget, world in ((10 ** 6, 1), (200, 1), (60, 1), (200, 2), (60, 3))]
+    splits.append([[torch.tensor([i]) for i in torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()]])
+    gradients = []
+    for split in splits:
+        policy.zero_grad()
+        for micro in (m for rank in split for m in rank):
+            input_ids, mask, old_lp = teacher.pad_responses(data, micro, "cpu", old_logp)
+            logp, _, _ = policy(input_ids, mask)
+            LOSSES[loss](logp, old_lp, mask, data["reward"][micro], adv[micro], n_tokens, n).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < 1e-6 * max(1.0, gradients[0].norm().item())
