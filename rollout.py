@@ -323,16 +323,17 @@ def generate_hf(lm, tokenizer, shards, n, temperature, top_p, top_k, max_tokens,
 def generate_vllm(llm, shards, n, temperature, top_p, top_k, max_tokens, seed):
     """Sample with vLLM: the requests of all shards are in flight at once, so that continuous batching stays full."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
     for number, prompts in shards.items():
         for position, (index, ids) in enumerate(prompts):
             params = SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
-                                    seed=derive_seed(seed, index), logprobs=0, **stop_tokens(llm))
+                                    seed=derive_seed(seed, index), logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
             llm.llm_engine.add_request(f"{number}/{position}", {"prompt_token_ids": ids}, params)
     done = {number: {} for number in shards}
     while llm.llm_engine.has_unfinished_requests():
         for request in llm.llm_engine.step():
             if request.finished:
-                number, position = map(int, request.request_id.split("-")[0].split("/"))
+                number, position = map(int, request.request_id.split("/"))
                 done[number][position] = [
                     {"ids": list(o.token_ids), "truncated": o.finish_reason == "length",
                      "logp": [step[token].logprob for step, token in zip(o.logprobs, o.token_ids)]}
@@ -340,12 +341,6 @@ def generate_vllm(llm, shards, n, temperature, top_p, top_k, max_tokens, seed):
                 if len(done[number]) == len(shards[number]):
                     responses = done.pop(number)
                     yield number, [responses[i] for i in range(len(responses))]
-
-
-def stop_tokens(llm):
-    """End-of-turn ids of the checkpoint's generation config; the tokenizer's own EOS vLLM knows by itself."""
-    ids = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
-    return {"stop_token_ids": ids if isinstance(ids, list) else [ids]} if ids is not None else {}
 
 
 def pick_engine(engine):
@@ -382,7 +377,8 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
                  or k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD"))]:
         del os.environ[name]
     from vllm import LLM
-    llm = LLM(model=str(folder), tensor_parallel_size=tensor_parallel, max_model_len=max_model_len, seed=0,
+    # (our checkpoints are fp32: sampled in bf16 on a GPU, as they are on CPU)
+    llm = LLM(model=str(folder), dtype="bfloat16" if torch.cuda.is_available() else "float32", tensor_parallel_size=tensor_parallel, max_model_len=max_model_len, seed=0,
               gpu_memory_utilization=gpu_memory_utilization, trust_remote_code=trust_remote_code,
               logprobs_mode="processed_logprobs")           # of the distribution that is sampled from, temperature included
 
