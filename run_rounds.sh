@@ -18,11 +18,12 @@ NPROC=${NPROC:-1}                     # processes per stage; on a machine with G
 # Sizes of the demonstration world, chosen on its validation prompts. The paper's sizes are the defaults of the scripts.
 TOY=${TOY:-}                                                   # options of tests/toy.py
 PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-500}                    # paper: 1,000
-TEACHER_STEPS=${TEACHER_STEPS:-64}
-MSE_STEPS=${MSE_STEPS:-120}
+TEACHER_STEPS=${TEACHER_STEPS:-48}                            # 1.5 epochs, past the teacher's best step
+DISTILL_STEPS=${DISTILL_STEPS:-10}                             # paper: 10 when iterating rounds
+MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-16}                                                     # samples per test problem
 SAMPLE="--n 16 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 50"
-TRAIN="--lr 1e-4 --batch-prompts 16 --micro-tokens 4096 --no-checkpointing"
+TRAIN="--micro-tokens 4096 --no-checkpointing"
 MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192"
 
 # glibc gives large blocks back to the system after each use; keeping them makes training on CPU 1.1 to 1.3 times faster
@@ -46,7 +47,7 @@ evaluate() {                          # evaluate CHECKPOINT...   those that resu
   done
   if [ -z "$missing" ]; then return; fi
   step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$OUT/results.jsonl" \
-    --data "validation=$OUT/prompts/validation.jsonl:4" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
+    --data "validation=$OUT/prompts/validation.jsonl:2" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
 }
 
 checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths that a training run saves
@@ -74,7 +75,7 @@ demo() {
   step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
   evaluate "$OUT/base"
 
-  local seed round dir policy control
+  local seed round dir policy control single data
   for seed in $SEEDS; do
     policy=$OUT/base
     control=$OUT/base
@@ -83,33 +84,37 @@ demo() {
       # Stage 0: sample the current policy once.
       step "$dir/rollouts/rollouts.json" $PY rollout.py --model "$policy" --prompts "$OUT/prompts/train.jsonl" --out "$dir/rollouts" \
         --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
-      # Stage 1: a weakly constrained teacher, for dozens of steps on that batch.
-      step "$dir/teacher/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/teacher" \
-        --loss ce --beta 0.05 --steps "$TEACHER_STEPS" --save-every 16 --seed "$seed" $TRAIN
+      # Stage 1: a weakly constrained teacher, for dozens of steps on that batch, past the point where it starts to drift.
+      step "$dir/teacher/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/teacher" --seed "$seed" \
+        --loss ce --beta 0.1 --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
       # Stage 2: back to the policy that wrote the rollouts, and distil (strategy 1).
       step "$dir/student/final" $PY distill.py --student "$policy" --teacher "$dir/teacher/final" --denominator old \
-        --rollouts "$dir/rollouts" --out "$dir/student" --steps 16 --kl-coef 0.3 --kl-kind exact --seed "$seed" $TRAIN
-      evaluate $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final"
+        --rollouts "$dir/rollouts" --out "$dir/student" --seed "$seed" \
+        --lr 3e-4 --batch-prompts 32 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
       policy=$dir/student/final
 
-      # The control: the best single stage we know for this world, iterated without distillation.
+      # The control: one stage, the teacher's loss with the student's KL term, iterated without distillation.
+      single=$OUT/seed$seed/control$round
+      data=$dir/rollouts                # round 1 shares its rollouts: both start from the base
       if [ "$round" -gt 1 ]; then
-        step "$OUT/seed$seed/control$round/rollouts/rollouts.json" $PY rollout.py --model "$control" --prompts "$OUT/prompts/train.jsonl" \
-          --out "$OUT/seed$seed/control$round/rollouts" --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
-        dir=$OUT/seed$seed/control$round
+        data=$single/rollouts
+        step "$data/rollouts.json" $PY rollout.py --model "$control" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
+          --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
-      step "$OUT/seed$seed/control$round/teacher/final" $PY teacher.py --model "$control" --rollouts "$dir/rollouts" \
-        --out "$OUT/seed$seed/control$round/teacher" --loss ce --beta 0.5 --steps "$TEACHER_STEPS" --save-every 32 --seed "$seed" $TRAIN
-      control=$OUT/seed$seed/control$round/teacher/final
-      evaluate $(checkpoints "$OUT/seed$seed/control$round/teacher" "$TEACHER_STEPS" 32)
+      step "$single/teacher/final" $PY teacher.py --model "$control" --rollouts "$data" --out "$single/teacher" --seed "$seed" \
+        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+      control=$single/teacher/final
+
+      evaluate $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" $(checkpoints "$single/teacher" "$TEACHER_STEPS" 16)
     done
 
     # Weak to strong (strategy 2): an MSE teacher, worse than the base, over its own early "unlearned" checkpoint.
     dir=$OUT/seed$seed/mse
     step "$dir/teacher/final" $PY teacher.py --model "$OUT/base" --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/teacher" \
-      --loss mse --steps "$MSE_STEPS" --save-every 10 --seed "$seed" $TRAIN --lr 5e-4 --batch-prompts 8
+      --seed "$seed" --loss mse --lr 5e-4 --batch-prompts 8 --steps "$MSE_STEPS" --save-every 10 $TRAIN
     step "$dir/student/final" $PY distill.py --student "$OUT/base" --teacher "$dir/teacher/final" --denominator "$dir/teacher/step-0010" \
-      --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/student" --steps 24 --seed "$seed" $TRAIN
+      --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/student" --seed "$seed" \
+      --lr 3e-4 --batch-prompts 32 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
     evaluate "$dir/teacher/step-0010" "$dir/teacher/final" "$dir/student/final"
   done
   if [ -n "${DRY_RUN:-}" ] || [ ! -e "$OUT/report.md" ] || [ "$OUT/results.jsonl" -nt "$OUT/report.md" ]; then

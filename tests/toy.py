@@ -1,6 +1,6 @@
 """The demonstration world: a task with verifiable answers and a small language model that half masters it.
 
-    python tests/toy.py --out runs/demo          # about two minutes on two CPU cores
+    python tests/toy.py --out runs/demo          # about two minutes on two cores
 
 writes OUT/base (an ordinary Hugging Face checkpoint) and OUT/prompts/{train,validation,test}.jsonl. Everything
 downstream treats them like any other model and any other problem file.
@@ -156,14 +156,14 @@ def parse_args(argv=None):
     arg("--out", type=Path, required=True, help="OUT/base and OUT/prompts are written")
     arg("--seed", type=int, default=0)
     arg("--steps", type=int, default=1500, help="pre-training steps")
-    arg("--batch-size", type=int, default=64, help="demonstrations per step")
+    arg("--batch-size", type=int, default=32, help="demonstrations per step")
     arg("--hidden", type=int, default=96, help="hidden size, a multiple of 32")
     arg("--layers", type=int, default=3)
     arg("--min-ops", type=int, default=4, help="shortest chain")
     arg("--max-ops", type=int, default=6, help="longest chain, at most 10")
     arg("--train", type=int, default=4000, help="number of training prompts")
     arg("--validation", type=int, default=200)
-    arg("--test", type=int, default=300)
+    arg("--test", type=int, default=200)
     return p.parse_args(argv)
 
 
