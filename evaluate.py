@@ -13,6 +13,7 @@ a model wrote. One row per (checkpoint, benchmark) says with which settings. Nob
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from rollout import (InputError, checkpoint_fingerprint, join_shards, load_prompts, load_shards, parse_args as parse_rollout_args,
+from rollout import (InputError, checkpoint_fingerprint, grading_pool, load_prompts, parse_args as parse_rollout_args,
                      resolve_checkpoint, run_main, sample_rollouts, write_atomic)
 from teacher import load_rollouts, score, setup_ddp
 
@@ -69,7 +70,7 @@ def default_top_k(model):
     return json.loads(path.read_text()).get("top_k") or -1 if path.exists() else -1
 
 
-def evaluate(model, benchmark, args, rank, world):
+def evaluate(model, benchmark, args, pool, rank, world):
     """Sample, grade and score one checkpoint on one benchmark: the row of results.jsonl (None if it is there already)."""
     name, file, k = benchmark
     start, fingerprint = time.time(), checkpoint_fingerprint(model)
@@ -87,7 +88,7 @@ def evaluate(model, benchmark, args, rank, world):
         "--seed", str(args.seed), "--engine", args.engine, "--tensor-parallel", str(args.tensor_parallel),
         "--shard-prompts", str(args.shard_prompts), "--prompt-suffix", args.prompt_suffix, "--workers", str(args.workers),
         *(["--trust-remote-code"] if args.trust_remote_code else [])])
-    sample_rollouts(rollout_args, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
+    sample_rollouts(rollout_args, pool, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
     gc.collect()                                            # the engine's model, before ours is loaded
     if world > 1:
         dist.barrier()
@@ -351,18 +352,20 @@ def main():
     for model in [*args.model, *([args.base] if args.base else [])]:
         resolve_checkpoint(model)
     rank, world, _ = setup_ddp()
-    for model in args.model:
-        for benchmark in benchmarks:
-            row = evaluate(model, benchmark, args, rank, world)
+    with grading_pool(args.workers) as pool:
+        for model, benchmark in itertools.product(args.model, benchmarks):
+            row = evaluate(model, benchmark, args, pool, rank, world)
             if rank == 0 and row is None:
                 print(f"{model} on {benchmark[0]}: already in {args.out}")
             elif rank == 0:
-                write_atomic(args.out, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in [*read_results(args.out), row])))
+                rows = [*read_results(args.out), row]
+                write_atomic(args.out, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
                 kl = "" if row["kl"] is None else f" | KL(new,base) {row['kl']:.4f}"
-                print(f"{model} on {benchmark[0]}: AVG@{row['k']} {row['avg_at_k']:.3f} ± {row['se']:.3f}{kl} | pass@{row['k']} {row['pass_at_k']:.3f} | "
-                      f"entropy {row['entropy']:.3f} | length {row['mean_length']:.1f} | truncated {row['truncated']:.3f} | {row['seconds']:.0f} s")
+                print(f"{model} on {benchmark[0]}: AVG@{row['k']} {row['avg_at_k']:.3f} ± {row['se']:.3f}{kl} | "
+                      f"pass@{row['k']} {row['pass_at_k']:.3f} | entropy {row['entropy']:.3f} | length {row['mean_length']:.1f} | "
+                      f"truncated {row['truncated']:.3f} | {row['seconds']:.0f} s")
             if world > 1:
-                dist.barrier()
+                dist.barrier()                              # nobody reads results.jsonl before the row is there
 
 
 if __name__ == "__main__":

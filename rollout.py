@@ -12,9 +12,11 @@ the token ids exactly as they were sampled (nothing is ever tokenised again) and
 The same command continues an interrupted run: finished shards are kept. Read next: teacher.py.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -252,18 +254,25 @@ def quick_verdict(answer, gold, stats):
 def verify_in_worker(answer, gold):
     """True, False, or None if the gold answer cannot be parsed. Time limits are the pool's: it kills the process."""
     from math_verify import parse, verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)       # it warns that its own time limits are off
     parsed_gold = parse("\\boxed{" + gold + "}", parsing_timeout=None)
     if not parsed_gold:
         return None
     return verify(parsed_gold, parse("\\boxed{" + answer + "}", parsing_timeout=None), timeout_seconds=None)   # gold first
 
 
-def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None):
+def grading_pool(workers):
+    """Processes for math-verify, started when first needed; spawned, because a fork of a process with threads can deadlock."""
+    return pebble.ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
+
+
+def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None):
     """Grade responses (list of str) against gold answers (str, int, float or list of these): list of 1.0 right, 0.0 wrong.
 
     Identical strings and plain integers are decided at once, everything else by math-verify in worker processes that are
-    killed and replaced after `timeout` seconds. Each (answer, gold) pair is graded once. The dict `stats` receives
-    counts: timeouts, errors, refused (too long or a tower of powers), unparsable_gold, verified (asked math-verify).
+    killed and replaced after `timeout` seconds (`pool`: a grading_pool that is kept between calls; else one of `workers`).
+    Each (answer, gold) pair is graded once. The dict `stats` receives counts: timeouts, errors, refused (too long or a
+    tower of powers), unparsable_gold, verified (asked math-verify).
     """
     if task != "math":
         raise InputError(f"task {task!r} cannot be graded: only math is")
@@ -275,21 +284,19 @@ def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None):
     verdicts = {pair: quick_verdict(*pair, stats) for pair in dict.fromkeys(p for ps in pairs for p in ps)}
     open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
     stats["verified"] += len(open_pairs)
-    if open_pairs:
-        spawn = multiprocessing.get_context("spawn")        # a fork of a process with threads can deadlock
-        with pebble.ProcessPool(max_workers=workers, context=spawn) as pool:
-            futures = {pair: pool.schedule(verify_in_worker, args=pair, timeout=timeout) for pair in open_pairs}
-            for pair, future in futures.items():
-                try:
-                    verdict = future.result()
-                    stats["unparsable_gold"] += verdict is None
-                except TimeoutError:
-                    stats["timeouts"] += 1
-                    verdict = False
-                except Exception:                           # the worker died, or math-verify raised: counted, and wrong
-                    stats["errors"] += 1
-                    verdict = False
-                verdicts[pair] = float(bool(verdict))
+    with contextlib.nullcontext(pool) if pool or not open_pairs else grading_pool(workers) as pool:
+        futures = {pair: pool.schedule(verify_in_worker, args=pair, timeout=timeout) for pair in open_pairs}
+        for pair, future in futures.items():
+            try:
+                verdict = future.result()
+                stats["unparsable_gold"] += verdict is None
+            except TimeoutError:
+                stats["timeouts"] += 1
+                verdict = False
+            except Exception:                               # the worker died, or math-verify raised: counted, and wrong
+                stats["errors"] += 1
+                verdict = False
+            verdicts[pair] = float(bool(verdict))
     return [max(verdicts[pair] for pair in ps) for ps in pairs]
 
 
@@ -471,23 +478,23 @@ def join_shards(shards):
     return joined
 
 
-def grade_shard(tokenizer, prompts, responses, answers, args, stats):
+def grade_shard(tokenizer, prompts, responses, answers, args, stats, pool):
     """Rewards of a shard's responses, and the same looked for after </think> only (None if no response thinks)."""
     flat = [r for group in responses for r in group]
     texts = tokenizer.batch_decode([r["ids"] for r in flat], skip_special_tokens=False)
     golds = [answers[index] for (index, _), group in zip(prompts, responses) for _ in group]
-    rewards = grade(texts, golds, args.task, args.workers, args.grade_timeout, stats)
+    rewards = grade(texts, golds, args.task, args.workers, args.grade_timeout, stats, pool)
     thinks = None
     if any("</think>" in text for text in texts):
         thinks = grade([t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts], golds, args.task,
-                       args.workers, args.grade_timeout, {})
+                       args.workers, args.grade_timeout, {}, pool)
     if args.require_think_end:
         rewards = thinks or [0.0] * len(rewards)
     finished = [0.0 if r["truncated"] else 1.0 for r in flat]   # ours: a response cut off at the limit is wrong
     return [a * b for a, b in zip(rewards, finished)], thinks and [a * b for a, b in zip(thinks, finished)]
 
 
-def sample_rollouts(args, rank=0, world=1, local_rank=0):
+def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py."""
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     problems = load_prompts(args.prompts, args.prompt_field, args.answer_field)
@@ -521,7 +528,7 @@ def sample_rollouts(args, rank=0, world=1, local_rank=0):
                                       args.gpu_memory_utilization, args.trust_remote_code)
         bar = tqdm(total=sum(map(len, missing.values())) * args.n, desc="sampling", unit="resp", disable=rank > 0)
         for number, responses in generate(missing, **settings):
-            rewards, thinks = grade_shard(tokenizer, slices[number], responses, answers, args, stats)
+            rewards, thinks = grade_shard(tokenizer, slices[number], responses, answers, args, stats, pool)
             shard = build_shard(slices[number], responses, rewards, thinks, meta)
             write_atomic(paths[number], lambda p: torch.save(shard, p))
             n_tokens += len(shard["sampler_logp"])
@@ -589,7 +596,8 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    sampled, stats, rate = sample_rollouts(args, rank, world, local_rank)
+    with grading_pool(args.workers) as pool:
+        sampled, stats, rate = sample_rollouts(args, pool, rank, world, local_rank)
     complete = len(list(args.out.glob("shard-*.pt"))) == read_shard(args.out / "shard-00000.pt")["meta"]["shards"] \
         if (args.out / "shard-00000.pt").exists() else False
     if complete and (sampled or not (args.out / "rollouts.json").exists()):

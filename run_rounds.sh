@@ -47,7 +47,7 @@ evaluate() {                          # evaluate CHECKPOINT...   those that resu
   done
   if [ -z "$missing" ]; then return; fi
   step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$OUT/results.jsonl" \
-    --data "validation=$OUT/prompts/validation.jsonl:2" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
+    --data "validation=$OUT/prompts/validation.jsonl:4" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
 }
 
 checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths that a training run saves
@@ -102,10 +102,10 @@ demo() {
           --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
       step "$single/teacher/final" $PY teacher.py --model "$control" --rollouts "$data" --out "$single/teacher" --seed "$seed" \
-        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 24 $TRAIN
       control=$single/teacher/final
 
-      evaluate $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" $(checkpoints "$single/teacher" "$TEACHER_STEPS" 16)
+      evaluate $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" $(checkpoints "$single/teacher" "$TEACHER_STEPS" 24)
     done
 
     # Weak to strong (strategy 2): an MSE teacher, worse than the base, over its own early "unlearned" checkpoint.
