@@ -11,7 +11,8 @@ not in memory while the student trains. Which signal (Fig. 3):
     strategy 2   --teacher MSE   --denominator UNLEARNED  an MSE run's late over its early checkpoint: weak to strong
     strategy 3   --teacher T     --denominator STUDENT    away from an older, weaker student
 
-1 GPU, or CPU:  python distill.py --student M --teacher runs/teacher/final --denominator old --rollouts runs/rollouts --out runs/student
+1 GPU, or CPU:  python distill.py --student M --teacher runs/teacher/final --denominator old \\
+                                  --rollouts runs/rollouts --out runs/student
 8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
 
 Words and shapes: see teacher.py. Read next: evaluate.py.
@@ -65,7 +66,8 @@ def signal_statistics(signal, positive):
     # torch.quantile refuses more than 2^24 values
     ranked = values.sort().values
     percentiles = {f"p{q}": ranked[min(len(ranked) - 1, int(len(ranked) * q / 100))].item() for q in (1, 50, 99)}
-    return {"mean": mean.item(), "std": std.item(), "kurtosis": (((values - mean) / (std + 1e-8)) ** 4).mean().item(), **percentiles,
+    return {"mean": mean.item(), "std": std.item(), **percentiles,
+            "kurtosis": (((values - mean) / (std + 1e-8)) ** 4).mean().item(),
             "share_below_zero_on_positives": (values[positive] < 0).double().mean().item(),
             "histogram_edges": edges.tolist(),
             "histogram_positive": torch.histogram(inside[positive], edges).hist.tolist(),
@@ -113,7 +115,7 @@ def parse_args(argv=None):
     arg("--chunk", type=int, default=1024, help="tokens per tile of the head")
     arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
     arg("--max-grad-norm", type=float, default=1.0)
-    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: less memory, 1.3x time")
+    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: 1.3x the time")
     arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
     arg("--seed", type=int, default=0, help="order of the prompts")
     # Saving
@@ -140,20 +142,22 @@ def main():
         check_tokenizer(checkpoint, rollouts, args.trust_remote_code)
         content[checkpoint] = checkpoint_fingerprint(checkpoint)
     if content[args.teacher] == content[args.denominator]:
-        raise InputError(f"--teacher {args.teacher} and --denominator {args.denominator} are the same policy: the signal would be zero")
+        raise InputError(f"--teacher {args.teacher} and --denominator {args.denominator} are the same policy: "
+                         f"the signal would be zero")
     temperature = args.logp_temperature or rollouts["meta"]["temperature"]
     usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
     if not usable.any():
         raise InputError(f"{args.rollouts}: every response is truncated; leave out --drop-truncated")
     rank, world, device = setup_ddp()
-    finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student), rollouts_fingerprint=rollouts["fingerprint"])
-    if finished:
+    if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student),
+                 rollouts_fingerprint=rollouts["fingerprint"]):
         if rank == 0:
             print(f"{args.out}: already finished")
         return
 
     # ---- the signal, from scores that are computed once ------------------------------------------------------------------
-    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk, trust_remote_code=args.trust_remote_code)
+    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
+                   trust_remote_code=args.trust_remote_code)
     old_logp = score(old, args.rollouts, **options)
 
     def role_logp(role):
@@ -176,12 +180,14 @@ def main():
     # ---- the one model that trains ---------------------------------------------------------------------------------------
     step, save = newest_save(args.out)
     lm = load_policy(save or args.student, device, args.checkpointing, args.trust_remote_code)
-    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
+    exact = args.kl_coef and args.kl_kind == "exact"                                # the one case with two models in memory
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     if save:
-        optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location=device)["optimizer"])
+        state = torch.load(save / "optimizer.pt", weights_only=True, map_location=device)
+        optimizer.load_state_dict(state["optimizer"])
     metrics = read_metrics(args.out, step)
 
     # ---- training loop ---------------------------------------------------------------------------------------------------
@@ -203,7 +209,8 @@ def main():
             if args.denominator == "live":                                          # Fig. 7: follows the student, detached
                 live = mask_signal(teacher_lp - logp.detach(), reward[:, None] > 0, args.positive_signal)
                 a_hat = (live - mean.item()) / (std.item() + 1e-8) * mask
-            loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef, args.entropy_coef, exact_kl) / n_tokens
+            loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef, args.entropy_coef, exact_kl)
+            loss = loss / n_tokens
             (loss * world).backward()                                               # DDP averages over ranks; we want the sum
             sums[0] += loss.detach()
             sums[1:] += token_sums(logp, entropy, old_lp, mask, reward, a_hat, args.clip, args.clip)
@@ -226,9 +233,9 @@ def main():
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
-            bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | entropy {m['entropy']:.3f} | "
-                      f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-            if step % args.save_every == 0 and step < args.steps:
+            bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
+                      f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+            if step % args.save_every == 0:
                 save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
     if rank == 0:
         save_step(args.out, "final", lm, tokenizer, optimizer, step)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from rollout import (InputError, checkpoint_fingerprint, grading_pool, load_prompts, parse_args as parse_rollout_args,
+from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, load_prompts, load_shards, load_tokenizer, parse_args as parse_rollout_args,
                      resolve_checkpoint, run_main, sample_rollouts, write_atomic)
 from teacher import load_rollouts, score, setup_ddp
 
@@ -39,7 +39,9 @@ def avg_at_k(correct, k):
     The problems are fixed, so only the sampling varies: Var = sum_i p_i (1 - p_i) / (k - 1) / n^2 (unbiased in p_i).
     """
     p = correct.double() / k
-    se = (p * (1 - p)).sum().div(max(k - 1, 1)).sqrt() / len(p)
+    if k == 1:                                              # the spread within a problem is unknown: that of one proportion
+        return p.mean().item(), math.sqrt(p.mean() * (1 - p.mean()) / len(p))
+    se = (p * (1 - p)).sum().div(k - 1).sqrt() / len(p)
     return p.mean().item(), se.item()
 
 
@@ -48,12 +50,24 @@ def read_results(path):
     if not Path(path).exists():
         return []
     rows = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for i, line in enumerate(Path(path).read_text().splitlines(keepends=True), start=1):
         try:
-            rows.append(json.loads(line))
+            if line.endswith("\n"):                         # else a crash cut it short: append_result removes it
+                rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{i} is not JSON: repair or delete the line") from error
     return rows
+
+
+def append_result(path, row):
+    """Add one line to results.jsonl: other processes may append to it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+        f.write((json.dumps(row) + "\n").encode())
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def parse_benchmark(text, default_k):
@@ -75,18 +89,18 @@ def evaluate(model, benchmark, args, pool, rank, world):
     name, file, k = benchmark
     start, fingerprint = time.time(), checkpoint_fingerprint(model)
     top_k = default_top_k(model) if args.top_k is None else args.top_k
-    wanted = {"model": str(model), "model_fingerprint": fingerprint, "base": args.base, "benchmark": name, "k": k,
-              "temperature": args.temperature, "top_p": args.top_p, "top_k": top_k, "max_tokens": args.max_tokens, "seed": args.seed}
+    wanted = {"model": str(model), "model_fingerprint": fingerprint, "base": args.base, "benchmark": name, "k": k, "top_k": top_k,
+              **{key: getattr(args, key) for key in ("temperature", "top_p", "max_tokens", "seed", "prompt_suffix")},
+              "problems_sha256": hashlib.sha256(Path(file).read_bytes() if Path(file).is_file() else file.encode()).hexdigest()}
     if any(all(row.get(key) == value for key, value in wanted.items()) for row in read_results(args.out)):
         return None
 
     settings = hashlib.sha256(json.dumps([file, wanted], default=str).encode()).hexdigest()[:8]
     folder = args.out.parent / "samples" / name / f"{fingerprint[:16]}-{settings}"
     rollout_args = parse_rollout_args([
-        "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", "0", "--n", str(k),
-        "--temperature", str(args.temperature), "--top-p", str(args.top_p), "--top-k", str(top_k), "--max-tokens", str(args.max_tokens),
-        "--seed", str(args.seed), "--engine", args.engine, "--tensor-parallel", str(args.tensor_parallel),
-        "--shard-prompts", str(args.shard_prompts), "--prompt-suffix", args.prompt_suffix, "--workers", str(args.workers),
+        "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", "0", "--n", str(k), "--top-k", str(top_k),
+        *(x for key in ("temperature", "top_p", "max_tokens", "seed", "engine", "tensor_parallel", "shard_prompts", "prompt_suffix", "workers")
+          for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))),
         *(["--trust-remote-code"] if args.trust_remote_code else [])])
     sample_rollouts(rollout_args, pool, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
     gc.collect()                                            # the engine's model, before ours is loaded
@@ -94,25 +108,34 @@ def evaluate(model, benchmark, args, pool, rank, world):
         dist.barrier()
     data = load_rollouts(folder)
     options = dict(micro_tokens=args.micro_tokens, trust_remote_code=args.trust_remote_code)
-    logp, entropy = score(model, folder, with_entropy=True, **options)
-    kl = None
-    if args.base:                                           # reverse KL, on samples of the new policy
-        kl = 0.0 if checkpoint_fingerprint(args.base) == fingerprint else (logp - score(args.base, folder, **options)).double().mean().item()
+    entropy = kl = None
+    if args.temperature > 0:                                # greedy samples have neither
+        logp, entropies = score(model, folder, with_entropy=True, **options)
+        entropy = entropies.double().mean().item()
+        if args.base:                                       # reverse KL, on samples of the new policy
+            same = checkpoint_fingerprint(args.base) == fingerprint
+            kl = 0.0 if same else (logp - score(args.base, folder, **options)).double().mean().item()
+    if rank == 0 and any(grading := {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}.values()):
+        print(f"grading {name}: " + ", ".join(f"{k} {v}" for k, v in grading.items()))
 
     right = data["reward"].view(-1, k).sum(1)               # the K responses of a problem stand together
     avg, se = avg_at_k(right, k)
     think = data["reward_think"].mean().item() if "reward_think" in data else None
+    meta = data["meta"]
     return {**wanted, "n_problems": len(right), "avg_at_k": avg, "se": se, "correct_per_problem": right.int().tolist(),
             "avg_at_k_think": think, "avg_at_k_judge": None, "pass_at_k": (right > 0).double().mean().item(),
-            "mean_length": data["response_offsets"].diff().double().mean().item(), "truncated": data["truncated"].double().mean().item(),
-            "entropy": entropy.double().mean().item(), "kl": kl, "engine": data["meta"]["engine"],
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, data["meta"]["engine"]: data["meta"]["engine_version"]},
-            "seconds": time.time() - start}
+            "mean_length": data["response_offsets"].diff().double().mean().item(),
+            "truncated": data["truncated"].double().mean().item(), "entropy": entropy, "kl": kl,
+            "engine": meta["engine"], "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                                                   meta["engine"]: meta["engine_version"]}, "seconds": time.time() - start}
 
 
 # ---- the report: read from run.json, metrics.jsonl and results.jsonl, and nothing else -----------------------------------
 
-COLOURS = {"base": "#444444", "teacher": "#d1603d", "student": "#1f6f8b", "control": "#8a8a8a", "mse": "#7a5195", "weak-to-strong": "#3a9d5d"}
+COLOURS = {"base": "#444444", "teacher": "#d1603d", "student": "#1f6f8b", "control": "#8a8a8a", "mse": "#7a5195",
+           "weak-to-strong": "#3a9d5d"}
+NAMES = {"teacher": "teacher: every evaluated checkpoint of its path", "student": "student (ERPD): the teacher's last checkpoint, distilled",
+         "control": "control: one stage with the student's KL term"}
 
 
 def read_runs(folder, rows, benchmark):
@@ -120,37 +143,52 @@ def read_runs(folder, rows, benchmark):
 
     The label is the run's folder without the seed, such as round1/teacher; its path are its evaluated checkpoints by step.
     """
-    evaluated = {os.path.realpath(row["model"]): row for row in rows if row["benchmark"] == benchmark}
+    evaluated = [row for row in rows if row["benchmark"] == benchmark]
     runs = {}
     for file in sorted(Path(folder).rglob("run.json")):
         where = file.parent.relative_to(folder).as_posix()
         seed = re.match(r"seed(\w+)/", where)
-        info = json.loads(file.read_text())
         metrics_file = file.parent / "metrics.jsonl"
         metrics = [json.loads(line) for line in metrics_file.read_text().splitlines()] if metrics_file.exists() else []
         path = []
-        for checkpoint in file.parent.iterdir():
-            row = evaluated.get(os.path.realpath(checkpoint))
-            if row:
-                step = int(checkpoint.name[5:]) if checkpoint.name.startswith("step-") else metrics[-1]["step"]
-                path.append((step, row))
+        for row in evaluated:
+            parent, _, name = row["model"].rpartition("/")
+            if f"/{parent}".endswith(f"/{where}"):          # rows name checkpoints relative to where evaluate.py was run
+                path.append((int(name[5:]) if name.startswith("step-") else metrics[-1]["step"], row))
         runs.setdefault(where[seed.end():] if seed else where, {})[seed[1] if seed else "0"] = {
-            "info": info, "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
+            "info": json.loads(file.read_text()), "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
     return runs
 
 
 def role(label):
     """Which colour and name a run has in tables and figures: read off the folder it is in."""
-    parts = label.split("/")
-    if parts[0] == "mse":
-        return "mse" if parts[-1] == "teacher" else "weak-to-strong"
-    return "control" if parts[0].startswith("control") else parts[-1] if parts[-1] in COLOURS else "teacher"
+    first, last = label.split("/")[0], label.split("/")[-1]
+    if first == "mse":
+        return "mse" if last == "teacher" else "weak-to-strong"
+    return "control" if first.startswith("control") else last if last in COLOURS else "teacher"
+
+
+def last_rows(seeds):
+    """{seed: row of the last evaluated checkpoint} of a run."""
+    return {seed: run["path"][-1][1] for seed, run in seeds.items() if run["path"]}
+
+
+def rows_by_step(seeds):
+    """{step: rows of all seeds}, for the steps that every seed has evaluated."""
+    paths = [dict(run["path"]) for run in seeds.values()]
+    return {step: [path[step] for path in paths] for step in sorted(set.intersection(*map(set, paths)))}
 
 
 def mean_se(values):
-    """(mean, standard error over seeds or None for one seed)."""
+    """(mean, standard error over seeds, None for one seed)."""
     values = list(values)
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def accuracy_and_se(rows):
+    """Mean AVG@K over seeds and its standard error: over seeds where there are several, else from sampling."""
+    mean, se = mean_se(row["avg_at_k"] for row in rows)
+    return mean, rows[0]["se"] if se is None else se
 
 
 def cell(values, digits=3):
@@ -162,15 +200,14 @@ def cell(values, digits=3):
     return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
 
 
-def path_points(seeds):
-    """Mean over seeds of a run's evaluated checkpoints: list of (step, accuracy, se or None, kl), steps that all seeds have."""
-    steps = set.intersection(*({step for step, _ in run["path"]} for run in seeds.values())) if seeds else set()
-    points = []
-    for step in sorted(steps):
-        rows = [dict(run["path"])[step] for run in seeds.values()]
-        accuracy, se = mean_se(row["avg_at_k"] for row in rows)
-        points.append((step, accuracy, se if se is not None else rows[0]["se"], statistics.fmean(row["kl"] or 0.0 for row in rows)))
-    return points
+ROW_HEADER = ["AVG@K", "sampling s.e.", "KL to base (nats/token)", "pass@K", "entropy (nats)", "length (tokens)"]
+
+
+def row_cells(rows):
+    """The columns of ROW_HEADER over the rows of several seeds."""
+    sampling = math.sqrt(sum(r["se"] ** 2 for r in rows)) / len(rows)
+    return [cell(r["avg_at_k"] for r in rows), f"{sampling:.3f}", cell((r["kl"] for r in rows), 4), cell(r["pass_at_k"] for r in rows),
+            cell(r["entropy"] for r in rows), cell((r["mean_length"] for r in rows), 1)]
 
 
 def markdown_table(header, lines):
@@ -178,37 +215,32 @@ def markdown_table(header, lines):
                       *("| " + " | ".join(map(str, line)) + " |" for line in lines)]) + "\n"
 
 
-def row_cells(rows):
-    """Columns that every results table shares, over the rows of several seeds."""
-    return [cell(r["avg_at_k"] for r in rows), f"{math.sqrt(sum(r['se'] ** 2 for r in rows)) / len(rows):.3f}", cell((r["kl"] for r in rows), 4),
-            cell((r["pass_at_k"] for r in rows), 3), cell((r["entropy"] for r in rows), 3), cell((r["mean_length"] for r in rows), 1)]
-
-
-ROW_HEADER = ["AVG@K", "sampling s.e.", "KL to base (nats/token)", "pass@K", "entropy (nats)", "length (tokens)"]
-
-
 def figure_kl(plt, runs, base_row, path):
-    """Accuracy against reverse KL (Fig. 6): whole paths of teachers and control, students as stars. Left and above is better."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.8))
+    """Accuracy against reverse KL (Fig. 6), mean over seeds: whole paths of teachers and control, students as stars."""
+    figure, axes = plt.subplots(figsize=(8, 5))
     axes.plot(0, base_row["avg_at_k"], "s", color=COLOURS["base"], markersize=8, label="base")
-    shown = set()
-    for label, seeds in runs.items():
-        kind, points = role(label), path_points(seeds)
-        if not points or kind == "mse" or label.startswith("mse/"):
+    starts, shown = {"0": (0.0, base_row["avg_at_k"])}, set()       # where each round's paths begin, by role and round
+    for label in sorted(runs, key=lambda s: (re.sub(r"\D", "", s), role(s) != "teacher")):
+        kind, number, by_step = role(label), re.sub(r"\D", "", label) or "1", rows_by_step(runs[label])
+        if kind not in NAMES or not by_step:
             continue
-        _, accuracy, se, kl = zip(*points)
-        name = {"teacher": "teacher, every evaluated checkpoint", "student": "student (ERPD)", "control": "single stage, no distillation"}.get(kind, kind)
-        style = dict(color=COLOURS[kind], label=None if kind in shown else name)
+        points = [(statistics.fmean(math.nan if r["kl"] is None else r["kl"] for r in rows), *accuracy_and_se(rows))
+                  for rows in by_step.values()]
+        parent = ("control" if kind == "control" else "student") + str(int(number) - 1)
+        kl, accuracy, se = zip(*points)
+        style = dict(color=COLOURS[kind], label=None if kind in shown else NAMES[kind], capsize=2)
         shown.add(kind)
         if kind == "student":
-            axes.errorbar(kl[-1], accuracy[-1], yerr=se[-1], fmt="*", markersize=15, zorder=3, capsize=2, **style)
+            axes.errorbar(kl[-1], accuracy[-1], yerr=se[-1], fmt="*", markersize=17, zorder=3, **style)
         else:
-            axes.errorbar(kl, accuracy, yerr=se, fmt="o-" if kind == "teacher" else "^--", markersize=4, linewidth=1.2, capsize=2, **style)
-        number = re.search(r"\d+", label)
-        if number:
-            axes.annotate(number[0], (kl[-1], accuracy[-1]), textcoords="offset points", xytext=(7, 5), color=COLOURS[kind], fontsize=9)
-    axes.set(xlabel="reverse KL to the base (nats per token, on own samples)", ylabel=f"{base_row['benchmark']} AVG@{base_row['k']}",
-             title="Accuracy against KL; the number is the round, left and above is better")
+            start = starts.get(parent, starts["0"])
+            axes.errorbar((start[0], *kl), (start[1], *accuracy), yerr=(0.0, *se), fmt="o-" if kind == "teacher" else "^--",
+                          markersize=4, linewidth=1.2, alpha=0.85, **style)
+        starts[kind + number] = (kl[-1], accuracy[-1])
+        axes.annotate(f"round {number}" if kind == "student" else number, (kl[-1], accuracy[-1]), textcoords="offset points",
+                      xytext=(8, 6), color=COLOURS[kind], fontsize=9)
+    axes.set(xlabel="reverse KL to the base (nats per token, on the policy's own samples)",
+             ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}", title="Left and above is better; numbers are rounds")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -216,45 +248,70 @@ def figure_kl(plt, runs, base_row, path):
 
 
 def figure_dynamics(plt, seeds, base_row, path, title):
-    """Accuracy, probability of positive and negative tokens, and entropy over the steps of one run (Fig. 4, Fig. 5)."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
-    points = path_points(seeds)
-    if points:
-        step, accuracy, se, _ = zip(*points)
-        left.errorbar((0, *step), (base_row["avg_at_k"], *accuracy), yerr=(base_row["se"], *se), fmt="o-", color=COLOURS["teacher"], capsize=2)
-    left.axhline(base_row["avg_at_k"], color=COLOURS["base"], linestyle=":", label="base")
-    left.set(ylabel=f"{base_row['benchmark']} AVG@{base_row['k']}", title="accuracy")
-    left.legend(fontsize=8)
-    for axes, names, heading in ((middle, (("prob_pos", "right responses", "#2f7d4f"), ("prob_neg", "wrong responses", "#b03a48")), "mean probability of a token"),
-                                 (right, (("entropy", "entropy", COLOURS["student"]),), "entropy (nats per token)")):
-        for key, name, colour in names:
-            curves = [[m[key] for m in run["metrics"]] for run in seeds.values()]
-            mean = [statistics.fmean(values) for values in zip(*curves)]
-            steps = range(1, len(mean) + 1)
-            axes.plot(steps, mean, color=colour, label=name)
-            if len(curves) > 1:
-                axes.fill_between(steps, [min(v) for v in zip(*curves)], [max(v) for v in zip(*curves)], color=colour, alpha=0.2, linewidth=0)
-        axes.set(title=heading)
-        axes.legend(fontsize=8)
-    for axes in (left, middle, right):
-        axes.set_xlabel("step")
+    """Accuracy, probability of tokens of right and wrong responses, and entropy over the steps of a run (Fig. 4, 5)."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4))
+    points = [(0, base_row["avg_at_k"], base_row["se"])] + [(step, *accuracy_and_se(rows)) for step, rows in rows_by_step(seeds).items()]
+    step, accuracy, se = zip(*points)
+    panels[0].errorbar(step, accuracy, yerr=se, fmt="o-", color=COLOURS["teacher"], capsize=2, label="teacher")
+    panels[0].axhline(base_row["avg_at_k"], color=COLOURS["base"], linestyle=":", label="base")
+    panels[0].set(title="accuracy", ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
+    for axes, key, name, colour in ((panels[1], "prob_pos", "right responses", "#2f7d4f"), (panels[1], "prob_neg", "wrong responses", "#b03a48"),
+                                    (panels[2], "entropy", "entropy", COLOURS["student"])):
+        curves = list(zip(*([math.nan if m[key] is None else m[key] for m in run["metrics"]] for run in seeds.values())))
+        steps = range(1, len(curves) + 1)
+        axes.plot(steps, [statistics.fmean(values) for values in curves], color=colour, label=name)
+        axes.fill_between(steps, [min(v) for v in curves], [max(v) for v in curves], color=colour, alpha=0.2, linewidth=0)
+    panels[1].set(title="mean probability of a sampled token", ylabel="probability")
+    panels[2].set(title="entropy on the rollouts", ylabel="nats per token")
+    for axes in panels:
+        axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
-    figure.suptitle(title, y=1.04)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def rounds_section(runs, base_row):
-    """Table of the rounds: base, then teacher, student and control of each round at their last step, over seeds."""
+def rounds_table(runs, base_row):
+    """Base, then teacher, student and control of each round at their last evaluated step, over seeds."""
     lines = [["base", "-", *row_cells([base_row])]]
-    order = {"teacher": 0, "student": 1, "control": 2}
-    chosen = [label for label in runs if role(label) in order and not label.startswith("mse/")]
-    for label in sorted(chosen, key=lambda s: (re.sub(r"\D", "", s) or "0", order[role(s)])):
-        rows = [run["path"][-1][1] for run in runs[label].values() if run["path"]]
-        if rows:
-            steps = {run["path"][-1][0] for run in runs[label].values() if run["path"]}
-            lines.append([label, "/".join(map(str, sorted(steps))), *row_cells(rows)])
+    chosen = [label for label in runs if role(label) in NAMES and last_rows(runs[label])]
+    for label in sorted(chosen, key=lambda s: (re.sub(r"\D", "", s), list(NAMES).index(role(s)))):
+        steps = sorted({run["path"][-1][0] for run in runs[label].values() if run["path"]})
+        lines.append([label, "/".join(map(str, steps)), *row_cells(list(last_rows(runs[label]).values()))])
     return markdown_table(["checkpoint", "steps", *ROW_HEADER], lines)
+
+
+def findings(runs, base_row):
+    """What the rows say about the questions that a reader brings, in sentences with numbers: nothing is rounded up."""
+    rounds = sorted({re.match(r"round(\d+)/student$", label)[1] for label in runs if re.match(r"round\d+/student$", label)}, key=int)
+    lines = []
+    for number in rounds:
+        teacher, student = runs.get(f"round{number}/teacher", {}), last_rows(runs[f"round{number}/student"])
+        last = last_rows(teacher)
+        both = [seed for seed in student if seed in last]
+        if not both:
+            continue
+        lower = sum(student[s]["kl"] < last[s]["kl"] for s in both)
+        gain, gain_se = mean_se(student[s]["avg_at_k"] - last[s]["avg_at_k"] for s in both)
+        best = [max((row for _, row in teacher[s]["path"]), key=lambda row: row["avg_at_k"]) for s in both]
+        ahead, ahead_se = mean_se(student[s]["avg_at_k"] - row["avg_at_k"] for s, row in zip(both, best))
+        lines.append(f"* Round {number}: the student's KL is below its teacher's in {lower} of {len(both)} seeds "
+                     f"({cell((student[s]['kl'] for s in both), 4)} against {cell((last[s]['kl'] for s in both), 4)}). Its accuracy is "
+                     f"{100 * gain:+.1f}{f' ± {100 * gain_se:.1f}' if gain_se is not None else ''} points from the teacher's last checkpoint and "
+                     f"{100 * ahead:+.1f}{f' ± {100 * ahead_se:.1f}' if ahead_se is not None else ''} from the best checkpoint of the teacher's path "
+                     f"(picked on this benchmark, so it flatters the teacher), whose KL is {cell((row['kl'] for row in best), 4)}.")
+    if rounds:
+        student = last_rows(runs[f"round{rounds[-1]}/student"])
+        lines.append(f"* After {rounds[-1]} rounds the student is {100 * statistics.fmean(r['avg_at_k'] - base_row['avg_at_k'] for r in student.values()):+.1f} "
+                     f"points from the base, at a KL of {cell((r['kl'] for r in student.values()), 4)}.")
+        control = last_rows(runs.get(f"control{rounds[-1]}/teacher", {}))
+        if control:
+            lines.append(f"* The control, one stage per round and no distillation, is "
+                         f"{100 * statistics.fmean(r['avg_at_k'] - base_row['avg_at_k'] for r in control.values()):+.1f} points from the base, "
+                         f"at a KL of {cell((r['kl'] for r in control.values()), 4)}.")
+    return "\n".join(lines) + "\n"
 
 
 def report(folder):
@@ -267,47 +324,42 @@ def report(folder):
         raise InputError(f"{folder} has no results.jsonl: run evaluate.py --model ... --out {folder}/results.jsonl first")
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     benchmark = "test" if "test" in benchmarks else benchmarks[-1]
-    base_row = next((r for r in rows if r["benchmark"] == benchmark and r["base"] and os.path.realpath(r["model"]) == os.path.realpath(r["base"])), None)
+    base_row = next((r for r in rows if r["benchmark"] == benchmark and r["base"] and r["model"] == r["base"]), None)
     if base_row is None:
-        raise InputError(f"{folder}/results.jsonl has no row of the base itself on {benchmark}: evaluate it with --model B --base B")
+        raise InputError(f"{folder}/results.jsonl has no row of the base on {benchmark}: evaluate it with --model B --base B")
     runs = read_runs(folder, rows, benchmark)
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
+    (folder / "figures").mkdir(exist_ok=True)
 
-    table = rounds_section(runs, base_row)
+    table = rounds_table(runs, base_row)
+    figure_kl(plt, runs, base_row, folder / "figures" / "kl.png")
     text = [f"# Extreme Region Policy Distillation: report of {folder.name}\n",
-            f"Benchmark `{benchmark}`: {base_row['n_problems']} problems x {base_row['k']} samples at temperature {base_row['temperature']:g}, top-p "
-            f"{base_row['top_p']:g}; {len(seeds)} seed(s) of rollouts and training ({', '.join(seeds)}). Where there are several seeds, ± is the standard "
-            "error over seeds; `sampling s.e.` is the part that comes from drawing K responses to fixed problems. KL is the reverse KL to the base, on "
-            "samples of the evaluated policy.\n",
-            "## Rounds: teacher, student, and the control without distillation\n", table, "![accuracy against KL](figures/kl.png)\n"]
-    figure_kl(plt, runs, base_row, figures / "kl.png")
-    teacher = next((label for label in runs if role(label) == "teacher"), None)
-    if teacher:
-        figure_dynamics(plt, runs[teacher], base_row, figures / "teacher.png", f"{teacher}: extensive off-policy steps on one fixed batch")
-        text += ["## The first teacher, step by step (Fig. 4)\n", "![teacher dynamics](figures/teacher.png)\n"]
-    weak = [label for label in runs if label.startswith("mse/")]
-    if "mse/teacher" in runs:
-        figure_dynamics(plt, runs["mse/teacher"], base_row, figures / "mse.png", "MSE teacher: unlearning, and what follows (Eq. 10)")
-        lines = [["base", "-", *row_cells([base_row])]]
-        for label in weak:
-            for step in sorted(set.intersection(*({s for s, _ in run["path"]} for run in runs[label].values()))):
-                lines.append([label, step, *row_cells([dict(run["path"])[step] for run in runs[label].values()])])
-        text += ["## Weak to strong: an MSE teacher and its unlearned checkpoint (Sec. 3.4, Fig. 5)\n", markdown_table(["checkpoint", "step", *ROW_HEADER], lines),
-                 "![MSE dynamics](figures/mse.png)\n"]
-    lines = [[label, step, *row_cells([dict(run["path"])[step] for run in runs[label].values()])]
-             for label in runs if label not in weak for step, *_ in path_points(runs[label])]
-    text += ["## Every evaluated checkpoint\n", "An earlier teacher checkpoint may do as well as a student: look here before believing the table above.\n",
-             markdown_table(["run", "step", *ROW_HEADER], lines)]
-    lines = [[label, info["script"], info["args"].get("loss", "-"), info["args"].get("beta", "-"), info["args"]["lr"], info["args"]["batch_prompts"],
-              info["args"]["kl_coef"], info["args"].get("entropy_coef", "-"), run["metrics"][-1]["step"] if run["metrics"] else 0,
-              f"{sum(m['seconds'] for m in run['metrics']):.0f}"]
-             for label, by_seed in runs.items() for run in list(by_seed.values())[:1] for info in [run["info"]]]
-    text += ["## Settings and training time (first seed)\n",
-             markdown_table(["run", "script", "loss", "beta", "lr", "prompts/step", "KL weight", "entropy weight", "steps", "seconds"], lines)]
+            f"Benchmark `{benchmark}`: {base_row['n_problems']} problems x {base_row['k']} samples at temperature "
+            f"{base_row['temperature']:g}, top-p {base_row['top_p']:g}; {len(seeds)} seed(s) of rollouts and training "
+            f"({', '.join(seeds)}). With several seeds, ± is the standard error over seeds; *sampling s.e.* is the part that comes from "
+            "drawing K responses to fixed problems. KL is the reverse KL to the base, on samples of the evaluated policy.\n",
+            "## Rounds\n", table, findings(runs, base_row), "![accuracy against KL](figures/kl.png)\n"]
+    for label, name, heading in (("round1/teacher", "teacher", "The first teacher: many off-policy steps on one fixed batch (Fig. 4)"),
+                                 ("mse/teacher", "mse", "Weak to strong: an MSE teacher and its unlearned checkpoint (Sec. 3.4, Fig. 5)")):
+        if label not in runs:
+            continue
+        figure_dynamics(plt, runs[label], base_row, folder / "figures" / f"{name}.png", heading)
+        text += [f"## {heading}\n", f"![{name}](figures/{name}.png)\n"]
+    text += ["## Every evaluated checkpoint\n",
+             "An earlier teacher checkpoint may do as well as a student: look here before believing the table above.\n",
+             markdown_table(["run", "step", *ROW_HEADER], [["base", "-", *row_cells([base_row])]] + [
+                 [label, step, *row_cells(at_step)] for label in runs for step, at_step in rows_by_step(runs[label]).items()])]
+    settings = []
+    for label, by_seed in runs.items():
+        run = next(iter(by_seed.values()))
+        args = run["info"]["args"]
+        settings.append([label, run["info"]["script"], args.get("loss", "-"), args.get("beta", "-"), args["lr"], args["batch_prompts"], args["kl_coef"],
+                         args["kl_kind"] if args["kl_coef"] else "-", len(run["metrics"]), f"{sum(m['seconds'] for m in run['metrics']):.0f}"])
+    text += ["## Settings and training time (first seed)\n", markdown_table(
+        ["run", "script", "loss", "beta", "lr", "prompts per step", "KL weight", "KL kind", "steps", "seconds"], settings)]
     write_atomic(folder / "report.md", lambda p: p.write_text("\n".join(text)))
-    print(f"\n{benchmark} ({base_row['n_problems']} problems x {base_row['k']} samples, {len(seeds)} seed(s))\n\n{table}\nreport: {folder / 'report.md'}, figures: {figures}")
+    print(f"\n{benchmark}: {base_row['n_problems']} problems x {base_row['k']} samples, {len(seeds)} seed(s)\n\n{table}\n{findings(runs, base_row)}")
+    print(f"report: {folder / 'report.md'}   figures: {folder / 'figures'}")
 
 
 def parse_args(argv=None):
@@ -349,8 +401,9 @@ def main():
     benchmarks = [parse_benchmark(text, args.k) for text in args.data]
     for _, file, _ in benchmarks:
         load_prompts(file)                                  # a wrong path stops before any model is loaded
-    for model in [*args.model, *([args.base] if args.base else [])]:
-        resolve_checkpoint(model)
+    vocabularies = {tokenizer_fingerprint(load_tokenizer(model, args.trust_remote_code)) for model in [*args.model, *([args.base] if args.base else [])]}
+    if args.base and len(vocabularies) > 1:
+        raise InputError("--model and --base have different tokenizers, so there is no KL between them: leave out --base")
     rank, world, _ = setup_ddp()
     with grading_pool(args.workers) as pool:
         for model, benchmark in itertools.product(args.model, benchmarks):
@@ -358,11 +411,11 @@ def main():
             if rank == 0 and row is None:
                 print(f"{model} on {benchmark[0]}: already in {args.out}")
             elif rank == 0:
-                rows = [*read_results(args.out), row]
-                write_atomic(args.out, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+                append_result(args.out, row)
                 kl = "" if row["kl"] is None else f" | KL(new,base) {row['kl']:.4f}"
+                kl += "" if row["entropy"] is None else f" | entropy {row['entropy']:.3f}"
                 print(f"{model} on {benchmark[0]}: AVG@{row['k']} {row['avg_at_k']:.3f} ± {row['se']:.3f}{kl} | "
-                      f"pass@{row['k']} {row['pass_at_k']:.3f} | entropy {row['entropy']:.3f} | length {row['mean_length']:.1f} | "
+                      f"pass@{row['k']} {row['pass_at_k']:.3f} | length {row['mean_length']:.1f} | "
                       f"truncated {row['truncated']:.3f} | {row['seconds']:.0f} s")
             if world > 1:
                 dist.barrier()                              # nobody reads results.jsonl before the row is there

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SHARD_VERSION = 1
 PROMPT_FIELDS = ("problem", "question", "prompt", "Problem")
+NO_ANSWER = ("", "nan", "inf", "-inf")                       # texts of values that nothing can be graded against
 ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth")
 
 
@@ -51,6 +52,8 @@ def run_main(main):
         code = 2
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 1
     except Exception:
         code = 1
         traceback.print_exc()
@@ -63,11 +66,16 @@ def run_main(main):
 
 # ---- files: complete or absent, and known by content ------------------------------------------------------------------
 
+def one_line(error):
+    """First line of an error of another library, for messages of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def write_atomic(path, write):
     """Call write(temporary path), flush to disk, rename to `path`: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")      # of its own: ranks may write the same file
     write(partial)
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
@@ -87,7 +95,8 @@ def resolve_checkpoint(model):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not Path(model).parent.exists():
         import huggingface_hub
         try:
-            return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+            wanted = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+            return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted))
         except Exception as error:                          # offline, gated, misspelt: the hub has a dozen types for it
             raise InputError(f"{model} is neither a folder nor a hub model that can be fetched "
                              f"({type(error).__name__}): check the path") from error
@@ -107,12 +116,23 @@ def checkpoint_fingerprint(model):
     return digest.hexdigest()
 
 
+def load_lm(model, dtype, trust_remote_code=False):
+    """A causal LM from safetensors; InputError if transformers cannot load it. Also used by teacher.py."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve_checkpoint(model), dtype=dtype, use_safetensors=True,
+                                                    trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:                              # truncated weights, wrong shapes, unknown architecture: many types
+        raise InputError(f"{model} is not a checkpoint that can be loaded: {one_line(error)}") from error
+
+
 def load_tokenizer(model, trust_remote_code=False):
     folder = resolve_checkpoint(model)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:                              # a damaged tokenizer.json raises a plain Exception
+        raise InputError(f"{model} has no usable tokenizer: {one_line(error)}") from error
 
 
 def tokenizer_fingerprint(tokenizer):
@@ -132,12 +152,14 @@ def read_rows(path):
     suffix = Path(path).suffix.lower()
     if not Path(path).is_file():
         if Path(path).exists() or suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            raise InputError(f"prompt file {path} does not exist or is not a file: give .jsonl, .json, .csv, .parquet or a hub name")
+            raise InputError(f"prompt file {path} does not exist or is not a file: "
+                             f"give .jsonl, .json, .csv, .parquet or a hub name")
         import datasets
         try:
             splits = datasets.load_dataset(str(path))
         except Exception as error:
-            raise InputError(f"{path} is neither a file nor a hub data set that can be fetched ({type(error).__name__})") from error
+            raise InputError(f"{path} is neither a file nor a hub data set that can be fetched "
+                             f"({type(error).__name__})") from error
         split = next((s for s in ("train", "test") if s in splits), next(iter(splits)))
         yield from ((f"{path}[{split}] row {i}", row) for i, row in enumerate(splits[split]))
     elif suffix == ".parquet":
@@ -153,7 +175,10 @@ def read_rows(path):
                 if suffix == ".csv":
                     yield from ((f"{path}:{i}", row) for i, row in enumerate(csv.DictReader(f), start=2))
                 elif suffix == ".json":
-                    yield from ((f"{path} row {i}", row) for i, row in enumerate(json.load(f)))
+                    rows = json.load(f)
+                    if not isinstance(rows, list):
+                        raise InputError(f"{path} is not a list of objects")
+                    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
                 elif suffix == ".jsonl":
                     for i, line in enumerate(f, start=1):
                         if line.strip():
@@ -171,7 +196,7 @@ def pick_field(row, wanted, known):
     """Value of the first known field that the row has; dots go into nested objects."""
     for field in [wanted] if wanted else known:
         value = row
-        for key in field.split("."):
+        for key in [field] if field in row else field.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             return value
@@ -195,10 +220,11 @@ def load_prompts(path, prompt_field=None, answer_field=None):
         if not prompt or not (isinstance(prompt, str) and prompt.strip() or chat):
             raise InputError(f"{where} has no prompt in {prompt_field or ' | '.join(PROMPT_FIELDS)}: "
                              f"a string or a chat list is needed (fields: {', '.join(map(str, row))})")
-        usable = [isinstance(a, (str, int, float)) and not isinstance(a, bool) and str(a).strip() not in ("", "nan", "inf", "-inf")
+        usable = [isinstance(a, (str, int, float)) and not isinstance(a, bool) and str(a).strip() not in NO_ANSWER
                   for a in (answer if isinstance(answer, list) else [answer])]
         if not usable or not all(usable):
-            raise InputError(f"{where} has no answer in {answer_field or ' | '.join(ANSWER_FIELDS)}: add it or name its field with --answer-field")
+            raise InputError(f"{where} has no answer in {answer_field or ' | '.join(ANSWER_FIELDS)}: "
+                             f"add it or name its field with --answer-field")
         prompts.append({"prompt": prompt, "answer": answer, "index": index})
     if not prompts:
         raise InputError(f"{path} holds no prompts")
@@ -242,8 +268,8 @@ def quick_verdict(answer, gold, stats):
         return 0.0
     if answer == gold:
         return 1.0
-    if len(answer) > 1000 or len(re.findall(r"\^|\*\*|!", answer)) > 8 or re.search(r"\^\s*\{?[^{}]*\^", answer):
-        stats["refused"] += 1                               # towers of powers make a computer algebra system run for ever
+    if len(answer) > 1000 or re.search(r"(\^|\*\*)\s*(\{[^{}]*|\([^()]*|\\?\w+\s*)(\^|\*\*)", answer):
+        stats["refused"] += 1                               # a power in an exponent makes computer algebra run for ever
         return 0.0
     integer = r"[+-]?\d+"
     if re.fullmatch(integer, answer) and re.fullmatch(integer, gold):
@@ -251,10 +277,15 @@ def quick_verdict(answer, gold, stats):
     return None
 
 
+def start_worker():
+    """Import math-verify before the clock of the first answer starts; silence its warning that its own limits are off."""
+    import math_verify  # noqa: F401
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
 def verify_in_worker(answer, gold):
     """True, False, or None if the gold answer cannot be parsed. Time limits are the pool's: it kills the process."""
     from math_verify import parse, verify
-    logging.getLogger("math_verify").setLevel(logging.ERROR)       # it warns that its own time limits are off
     parsed_gold = parse("\\boxed{" + gold + "}", parsing_timeout=None)
     if not parsed_gold:
         return None
@@ -263,7 +294,7 @@ def verify_in_worker(answer, gold):
 
 def grading_pool(workers):
     """Processes for math-verify, started when first needed; spawned, because a fork of a process with threads can deadlock."""
-    return pebble.ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
+    return pebble.ProcessPool(max_workers=workers, initializer=start_worker, context=multiprocessing.get_context("spawn"))
 
 
 def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None):
@@ -373,7 +404,7 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
     if engine == "hf":
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        lm = load_lm(folder, dtype, trust_remote_code).to(device).eval()
         return lambda shards, **settings: generate_hf(lm, tokenizer, shards, **settings), lambda: None
     # each rank has its own engine on its own GPUs: torchrun's variables must not make them look for each other
     saved, visible = dict(os.environ), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -383,12 +414,14 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
     for name in [k for k in os.environ if k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                  or k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD"))]:
         del os.environ[name]
+    if gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) < tensor_parallel:
+        raise InputError(f"process {local_rank} x --tensor-parallel {tensor_parallel} needs more than the {len(gpus)} GPUs here")
     from vllm import LLM
-    # (our checkpoints are fp32: sampled in bf16 on a GPU, as they are on CPU)
-    llm = LLM(model=str(folder), dtype="bfloat16" if torch.cuda.is_available() else "float32", tensor_parallel_size=tensor_parallel, max_model_len=max_model_len, seed=0,
+    llm = LLM(model=str(folder), dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=0,
+              tensor_parallel_size=tensor_parallel, max_model_len=max_model_len,
               gpu_memory_utilization=gpu_memory_utilization, trust_remote_code=trust_remote_code,
               logprobs_mode="processed_logprobs")           # of the distribution that is sampled from, temperature included
-
+    os.environ.clear()
     os.environ.update(saved)
 
     def close():
@@ -402,8 +435,9 @@ SHARD_FIELDS = {"input_ids": torch.int32, "offsets": torch.int64, "prompt_len": 
                 "reward": torch.float32, "truncated": torch.bool, "sampler_logp": torch.float32}
 
 
-def build_shard(prompts, responses, rewards, rewards_think, meta):
-    """prompts: list of (index, ids); responses: per prompt a list of dicts; rewards: flat list in the same order."""
+def build_shard(prompts, responses, rewards, rewards_think, meta, grading=None):
+    """prompts: list of (index, ids); responses: per prompt a list of dicts; rewards: flat list in the same order;
+    grading: the counts of `grade`, which differ from shard to shard and so are not part of the settings in meta."""
     flat = [(index, ids, r) for (index, ids), group in zip(prompts, responses, strict=True) for r in group]
     lengths = torch.tensor([len(ids) + len(r["ids"]) for _, ids, r in flat])
     shard = {
@@ -414,8 +448,9 @@ def build_shard(prompts, responses, rewards, rewards_think, meta):
         "prompt_index": torch.tensor([index for index, _, _ in flat], dtype=torch.int64),
         "reward": torch.tensor(rewards, dtype=torch.float32),
         "truncated": torch.tensor([r["truncated"] for _, _, r in flat]),
-        "sampler_logp": torch.tensor([x for _, _, r in flat for x in r["logp"] or [math.nan] * len(r["ids"])], dtype=torch.float32),
-        "meta": meta,
+        "sampler_logp": torch.tensor([x for _, _, r in flat for x in r["logp"] or [math.nan] * len(r["ids"])],
+                                     dtype=torch.float32),
+        "meta": meta, "grading": grading or {},
     }
     if rewards_think is not None:
         shard["reward_think"] = torch.tensor(rewards_think, dtype=torch.float32)
@@ -427,9 +462,13 @@ def read_shard(path):
     try:
         shard = torch.load(path, weights_only=True, mmap=True)
     except Exception as error:                              # torch raises a dozen types on a damaged or foreign file
-        raise InputError(f"{path} is not a readable shard ({type(error).__name__}): delete it and run rollout.py again") from error
+        raise InputError(f"{path} is not a readable shard ({type(error).__name__}): "
+                         f"delete it and run rollout.py again") from error
     if not isinstance(shard, dict) or shard.get("version") != SHARD_VERSION or not isinstance(shard.get("meta"), dict):
         raise InputError(f"{path} is not a rollout shard of version {SHARD_VERSION}: sample again with this rollout.py")
+    for key in ("model", "model_fingerprint", "tokenizer_fingerprint", "temperature", "shards"):
+        if key not in shard["meta"]:
+            raise InputError(f"{path}: its meta has no {key}: sample again with this rollout.py")
     for key, dtype in SHARD_FIELDS.items():
         if not isinstance(shard.get(key), torch.Tensor) or shard[key].dtype != dtype or shard[key].dim() != 1:
             raise InputError(f"{path}: {key} is missing or not a flat {dtype} tensor")
@@ -456,11 +495,12 @@ def load_shards(folder):
     shards = [read_shard(path) for path in paths]
     meta = shards[0]["meta"]
     for path, shard in zip(paths, shards):
-        different = [key for key in meta if shard["meta"].get(key) != meta[key]]
+        different = [key for key in meta if shard["meta"].get(key) != meta[key] and key != "model"]    # known by fingerprint
         if different:
             raise InputError(f"{path} was sampled with another {different[0]} than {paths[0].name}: keep one run per folder")
     if len(shards) != meta["shards"]:
-        raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: run the same rollout.py command again to finish it")
+        raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: "
+                         f"run the same rollout.py command again to finish it")
     return shards
 
 
@@ -468,8 +508,8 @@ def join_shards(shards):
     """One dict over all responses: the flat tensors of the shards joined, plus response_offsets [N+1] into flat
     per-response-token tensors such as log-probs. Also used by teacher.py, distill.py and evaluate.py."""
     joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key != "offsets"}
-    if all("reward_think" in s for s in shards):
-        joined["reward_think"] = torch.cat([s["reward_think"] for s in shards])
+    if any("reward_think" in s for s in shards):            # a shard in which no response thinks has none
+        joined["reward_think"] = torch.cat([s.get("reward_think", torch.zeros_like(s["reward"])) for s in shards])
     lengths = torch.cat([s["offsets"].diff() for s in shards])
     zero = torch.zeros(1, dtype=torch.int64)
     joined["offsets"] = torch.cat([zero, lengths.cumsum(0)])
@@ -505,7 +545,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
 
     engine = pick_engine(args.engine)
-    settings = dict(n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens, seed=args.seed)
+    settings = {k: getattr(args, k) for k in ("n", "temperature", "top_p", "top_k", "max_tokens", "seed")}
     version = transformers.__version__ if engine == "hf" else __import__("vllm").__version__
     prompt_hash = hashlib.sha256(json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode()).hexdigest()
     meta = {"model": str(args.model), "model_fingerprint": checkpoint_fingerprint(args.model),
@@ -522,36 +562,45 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
                                  f"use another --out, or delete that folder to start over")
 
     missing = {i: slices[i] for i in range(len(slices)) if i % world == rank and not paths[i].exists()}
-    stats, start, n_tokens = {}, time.time(), 0
+    start, n_tokens = time.time(), 0
     if missing:
         generate, close = open_engine(args.model, engine, tokenizer, local_rank, args.tensor_parallel, args.max_model_len,
                                       args.gpu_memory_utilization, args.trust_remote_code)
         bar = tqdm(total=sum(map(len, missing.values())) * args.n, desc="sampling", unit="resp", disable=rank > 0)
         for number, responses in generate(missing, **settings):
+            stats = {}
             rewards, thinks = grade_shard(tokenizer, slices[number], responses, answers, args, stats, pool)
-            shard = build_shard(slices[number], responses, rewards, thinks, meta)
+            shard = build_shard(slices[number], responses, rewards, thinks, meta, stats)
             write_atomic(paths[number], lambda p: torch.save(shard, p))
             n_tokens += len(shard["sampler_logp"])
             bar.update(len(rewards))
             bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
         bar.close()
         close()
-    return bool(missing), stats, n_tokens / max(time.time() - start, 1e-9)
+    return n_tokens / max(time.time() - start, 1e-9) if missing else None
 
 
-def summarize(folder, stats, rate):
+def count_grading(shards):
+    """Sum of the grading counts of all shards. Also used by evaluate.py."""
+    return {key: sum(s["grading"].get(key, 0) for s in shards) for key in sorted({k for s in shards for k in s["grading"]})}
+
+
+def summarize(folder, rate):
     """Write rollouts.json and print one line: what a run is worth before anything is trained on it."""
-    r = join_shards(load_shards(folder))
+    shards = load_shards(folder)
+    r, grading = join_shards(shards), count_grading(shards)
     groups = [r["reward"][r["prompt_index"] == i] for i in r["prompt_index"].unique()]
     summary = {"responses": len(r["reward"]), "prompts": len(groups), "pass_rate": r["reward"].mean().item(),
                "all_right": sum(g.min() == 1 for g in groups).item() / len(groups) if groups else 0.0,
                "all_wrong": sum(g.max() == 0 for g in groups).item() / len(groups) if groups else 0.0,
-               "mean_length": r["response_offsets"].diff().float().mean().item(), "truncated": r["truncated"].float().mean().item(),
-               "tok_per_s": rate, **{f"grading_{k}": v for k, v in stats.items()}}
+               "mean_length": r["response_offsets"].diff().float().mean().item(),
+               "truncated": r["truncated"].float().mean().item(),
+               "tok_per_s": rate, **{f"grading_{k}": v for k, v in grading.items()}}
     write_json(Path(folder) / "rollouts.json", {"summary": summary, "meta": r["meta"]})
     print(f"{folder}: {summary['responses']:,} responses to {summary['prompts']:,} prompts | right {summary['pass_rate']:.3f} | "
           f"all right {summary['all_right']:.3f} | all wrong {summary['all_wrong']:.3f} | length {summary['mean_length']:.1f} | "
-          f"truncated {summary['truncated']:.3f} | grading time-outs {stats.get('timeouts', 0)} | {rate:,.0f} tok/s")
+          f"truncated {summary['truncated']:.3f} | grading time-outs {grading.get('timeouts', 0)}"
+          + (f" | {rate:,.0f} tok/s" if rate else ""))
 
 
 def parse_args(argv=None):
@@ -597,13 +646,12 @@ def main():
     args = parse_args()
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     with grading_pool(args.workers) as pool:
-        sampled, stats, rate = sample_rollouts(args, pool, rank, world, local_rank)
-    complete = len(list(args.out.glob("shard-*.pt"))) == read_shard(args.out / "shard-00000.pt")["meta"]["shards"] \
-        if (args.out / "shard-00000.pt").exists() else False
-    if complete and (sampled or not (args.out / "rollouts.json").exists()):
-        summarize(args.out, stats, rate)                    # the rank that finishes last sees all shards
-    elif not sampled and rank == 0:
-        print(f"{args.out}: already finished")
+        rate = sample_rollouts(args, pool, rank, world, local_rank)
+    written = sorted(args.out.glob("shard-*.pt"))
+    if rate is None and (args.out / "rollouts.json").exists():
+        print(f"{args.out}: already finished" if rank == 0 else "", end="\n" if rank == 0 else "")
+    elif written and len(written) == read_shard(written[0])["meta"]["shards"]:
+        summarize(args.out, rate)                           # by the rank that finishes last: only it sees all shards
 
 
 if __name__ == "__main__":

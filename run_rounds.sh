@@ -17,12 +17,12 @@ NPROC=${NPROC:-1}                     # processes per stage; on a machine with G
 
 # Sizes of the demonstration world, chosen on its validation prompts. The paper's sizes are the defaults of the scripts.
 TOY=${TOY:-}                                                   # options of tests/toy.py
-PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-500}                    # paper: 1,000
+PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-1000}                   # as in the paper, with 8 responses each instead of 16
 TEACHER_STEPS=${TEACHER_STEPS:-48}                            # 1.5 epochs, past the teacher's best step
 DISTILL_STEPS=${DISTILL_STEPS:-10}                             # paper: 10 when iterating rounds
 MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-16}                                                     # samples per test problem
-SAMPLE="--n 16 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 50"
+SAMPLE="--n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100"
 TRAIN="--micro-tokens 4096 --no-checkpointing"
 MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192"
 
@@ -47,7 +47,7 @@ evaluate() {                          # evaluate CHECKPOINT...   those that resu
   done
   if [ -z "$missing" ]; then return; fi
   step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$OUT/results.jsonl" \
-    --data "validation=$OUT/prompts/validation.jsonl:4" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
+    --data "validation=$OUT/prompts/validation.jsonl:2" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
 }
 
 checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths that a training run saves
@@ -73,7 +73,6 @@ setup() {                             # .venv unless an environment is active; r
 demo() {
   # The world: a small model that is competent but unreliable at a task whose answers can be checked.
   step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
-  evaluate "$OUT/base"
 
   local seed round dir policy control single data
   for seed in $SEEDS; do
@@ -86,11 +85,11 @@ demo() {
         --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       # Stage 1: a weakly constrained teacher, for dozens of steps on that batch, past the point where it starts to drift.
       step "$dir/teacher/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/teacher" --seed "$seed" \
-        --loss ce --beta 0.1 --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --loss ce --beta 0.1 --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
       # Stage 2: back to the policy that wrote the rollouts, and distil (strategy 1).
       step "$dir/student/final" $PY distill.py --student "$policy" --teacher "$dir/teacher/final" --denominator old \
         --rollouts "$dir/rollouts" --out "$dir/student" --seed "$seed" \
-        --lr 3e-4 --batch-prompts 32 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
+        --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
       policy=$dir/student/final
 
       # The control: one stage, the teacher's loss with the student's KL term, iterated without distillation.
@@ -102,19 +101,19 @@ demo() {
           --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
       step "$single/teacher/final" $PY teacher.py --model "$control" --rollouts "$data" --out "$single/teacher" --seed "$seed" \
-        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 16 --steps "$TEACHER_STEPS" --save-every 24 $TRAIN
+        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
       control=$single/teacher/final
 
-      evaluate $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" $(checkpoints "$single/teacher" "$TEACHER_STEPS" 24)
+      evaluate "$OUT/base" $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" "$single/teacher/final"
     done
 
     # Weak to strong (strategy 2): an MSE teacher, worse than the base, over its own early "unlearned" checkpoint.
     dir=$OUT/seed$seed/mse
     step "$dir/teacher/final" $PY teacher.py --model "$OUT/base" --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/teacher" \
-      --seed "$seed" --loss mse --lr 5e-4 --batch-prompts 8 --steps "$MSE_STEPS" --save-every 10 $TRAIN
+      --seed "$seed" --loss mse --lr 5e-4 --batch-prompts 16 --steps "$MSE_STEPS" --save-every 10 $TRAIN
     step "$dir/student/final" $PY distill.py --student "$OUT/base" --teacher "$dir/teacher/final" --denominator "$dir/teacher/step-0010" \
       --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/student" --seed "$seed" \
-      --lr 3e-4 --batch-prompts 32 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
+      --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
     evaluate "$dir/teacher/step-0010" "$dir/teacher/final" "$dir/student/final"
   done
   if [ -n "${DRY_RUN:-}" ] || [ ! -e "$OUT/report.md" ] || [ "$OUT/results.jsonl" -nt "$OUT/report.md" ]; then

@@ -35,9 +35,8 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from rollout import (InputError, checkpoint_fingerprint, join_shards, load_shards, load_tokenizer, resolve_checkpoint, run_main,
+from rollout import (InputError, checkpoint_fingerprint, join_shards, load_lm, load_shards, load_tokenizer, one_line, run_main,
                      tokenizer_fingerprint, write_atomic, write_json)
 
 transformers.utils.logging.disable_progress_bar()           # one bar per run: ours
@@ -129,8 +128,8 @@ def exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, temperature=1.0
     """
     def rows_kl(h, h_old, w, w_old):
         wide = torch.promote_types(h.dtype, torch.float32)
-        logp = tile_logits(h, w, temperature, wide).log_softmax(-1)                 # (C, V)
-        logp_old = tile_logits(h_old, w_old, temperature, wide).log_softmax(-1)
+        logp, logp_old = ((F.linear(a.to(wide), b.to(wide)) / temperature).log_softmax(-1)      # (C, V)
+                          for a, b in ((h, w), (h_old, w_old)))
         return (logp.exp() * (logp - logp_old)).sum(-1)                             # (C,)
 
     rows = max(1, 2 ** 24 // len(weight))                   # 64 MB of fp32 logits; rebuilt in backward
@@ -175,7 +174,8 @@ class Policy(nn.Module):
         keep = mask.bool()
         hidden, weight = hidden_states(self.lm, input_ids)[keep], self.lm.get_output_embeddings().weight
         with torch.no_grad():
-            old_hidden, old_weight = hidden_states(self.old_lm, input_ids)[keep], self.old_lm.get_output_embeddings().weight
+            old_hidden = hidden_states(self.old_lm, input_ids)[keep]
+            old_weight = self.old_lm.get_output_embeddings().weight
         flat = (*logps_from_hidden(hidden, weight, input_ids[:, 1:][keep], self.temperature, self.chunk),
                 exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, self.temperature))
         return tuple(torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x) for x in flat)
@@ -233,7 +233,7 @@ def grpo_loss(logp, old_logp, mask, adv, clip_low=0.2, clip_high=0.28):
 
 
 def group_advantages(reward, prompt_index):
-    """A = (R - mean) / (std + 1e-6) within the responses of a prompt, (B,); std with Bessel's correction, 0 for a group of one."""
+    """A = (R - mean) / (std + 1e-6) within the responses of a prompt, (B,); std unbiased; 0 for a group of one."""
     _, group = prompt_index.unique(return_inverse=True)
     size = torch.bincount(group).to(reward.dtype)
     centred = reward - (torch.zeros_like(size).index_add_(0, group, reward) / size)[group]
@@ -260,8 +260,10 @@ def pad_responses(rollouts, indices, device, *token_values):
     input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)                    # (B, T); the pad id is never looked at
     position = torch.arange(input_ids.shape[1] - 1)
     mask = (position >= rollouts["prompt_len"][indices, None] - 1) & (position < (end - start)[:, None] - 1)
-    spans = [slice(a, b) for a, b in zip(rollouts["response_offsets"][indices], rollouts["response_offsets"][indices + 1])]
-    padded = [torch.zeros(mask.shape).masked_scatter(mask, torch.cat([values[s] for s in spans]).float()) for values in token_values]
+    bounds = rollouts["response_offsets"]
+    spans = [slice(a, b) for a, b in zip(bounds[indices], bounds[indices + 1])]
+    padded = [torch.zeros(mask.shape).masked_scatter(mask, torch.cat([values[s] for s in spans]).float())
+              for values in token_values]
     return [x.to(device) for x in (input_ids, mask.float(), *padded)]
 
 
@@ -326,10 +328,7 @@ def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False
 
     Also used by distill.py.
     """
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a checkpoint that transformers can load: {str(error).splitlines()[0]}") from error
+    lm = load_lm(path, torch.float32, trust_remote_code)
     if checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return lm.to(device).train()                            # train(): else checkpointing is off; these models have no dropout
@@ -343,9 +342,10 @@ def save_policy(lm, tokenizer, path, state=None):
     tokenizer.save_pretrained(partial)
     if state is not None:
         torch.save(state, partial / "optimizer.pt")
-    for file in partial.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
     shutil.rmtree(path, ignore_errors=True)
     os.rename(partial, path)
 
@@ -359,9 +359,14 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
     data = load_rollouts(rollouts)
     rank, world, device = setup_ddp()
     temperature = data["meta"]["temperature"] if temperature is None else temperature
+    if not temperature > 0:
+        raise InputError(f"{rollouts} was sampled greedily, which has no log-probs: give --logp-temperature")
     fingerprint = checkpoint_fingerprint(checkpoint)
     path = Path(rollouts) / "scores" / f"{fingerprint[:16]}-{data['fingerprint'][:16]}-T{temperature:g}.pt"
-    if not path.exists():
+    missing = torch.tensor(int(not path.exists()), device=device)
+    if world > 1:
+        dist.broadcast(missing, 0)                          # another job may write the file while the ranks look
+    if missing:
         check_tokenizer(checkpoint, data, trust_remote_code)
         lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
         total = int(data["response_offsets"][-1])
@@ -370,10 +375,13 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
         with torch.no_grad():
             for indices in tqdm(mine, desc=f"scoring with {checkpoint}", disable=rank > 0, leave=False):
                 input_ids, mask = pad_responses(data, indices, device)
-                where = torch.cat([torch.arange(data["response_offsets"][i], data["response_offsets"][i + 1]) for i in indices])
+                bounds = data["response_offsets"]
+                where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
                 for row, x in zip(values, token_logps(lm, input_ids, temperature, chunk, mask)):
                     row[where.to(device)] = x[mask.bool()]
         del lm
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if world > 1:
             dist.all_reduce(values)                                                 # each token was scored by one rank
         values = values.cpu()
@@ -383,7 +391,10 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
                                                      "entropy": values[1].clone()}, p))
         if world > 1:
             dist.barrier()
-    cached = torch.load(path, weights_only=True)
+    try:
+        cached = torch.load(path, weights_only=True)
+    except Exception as error:                              # torch raises a dozen types on a damaged file
+        raise InputError(f"{path} is not readable ({one_line(error)}): delete it, it will be computed again") from error
     if (cached["checkpoint"], cached["rollouts"]) != (fingerprint, data["fingerprint"]):
         raise InputError(f"{path} belongs to other files: delete it")
     return (cached["logp"], cached["entropy"]) if with_entropy else cached["logp"]
@@ -407,30 +418,41 @@ def find_old(rollouts, old=None):
     except InputError as error:
         raise InputError(f"pi_old of the rollouts, {path}, cannot be read: {hint}") from error
     if found != wanted:
-        raise InputError(f"{path} is not the policy that wrote the rollouts (fingerprint {found[:12]}, theirs {wanted[:12]}): {hint}")
+        raise InputError(f"{path} is not the policy that wrote the rollouts "
+                         f"(fingerprint {found[:12]}, theirs {wanted[:12]}): {hint}")
     return path
 
 
 # ---- the run: what it was started with, and where it stopped -----------------------------------------------------------
 
 def start_run(out, args, rank, **facts):
-    """Write OUT/run.json, or check it against a run to continue. True if the run is already finished. Also in distill.py."""
-    path, arguments = Path(out) / "run.json", json.loads(json.dumps(vars(args), default=str))
+    """Write OUT/run.json, or check it against a run to continue; facts are fingerprints of what it reads.
+
+    True if the run is already finished. Also used by distill.py.
+    """
+    path, arguments = Path(out) / "run.json", json.loads(json.dumps(vars(args), default=str))     # as they will be read back
     if args.fresh and rank == 0 and path.exists():
         shutil.rmtree(out)
     if dist.is_initialized():
         dist.barrier()
     if path.exists():
-        theirs = json.loads(path.read_text())["args"]
-        different = [k for k in arguments if k not in ("fresh", "micro_tokens", "chunk") and theirs.get(k) != arguments[k]]
-        if different:
-            k = different[0]
-            raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, now {arguments[k]}: "
-                             f"use another --out, or --fresh to start over")
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: use another --out, or --fresh to start over") from error
+        for k in arguments:
+            if k not in ("fresh", "micro_tokens", "chunk") and theirs["args"].get(k) != arguments[k]:
+                raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs['args'].get(k)}, now {arguments[k]}: "
+                                 f"use another --out, or --fresh to start over")
+        for k in facts:
+            if theirs.get(k) != facts[k]:
+                raise InputError(f"{out} holds a run with another {k.replace('_', ' ')} (its content has changed since): "
+                                 f"use another --out, or --fresh to start over")
         return (Path(out) / "final").exists()
     if any(p.suffix != ".partial" for p in Path(out).glob("*")):
         raise InputError(f"{out} is not empty and holds no run.json: use another --out")
-    git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before the first writes
     if rank == 0:
@@ -524,7 +546,7 @@ def parse_args(argv=None):
     arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
     arg("--max-grad-norm", type=float, default=1.0)
     arg("--optimizer-from", type=Path, help="OUT of an earlier run whose Adam state is carried over (on-policy mode)")
-    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: less memory, 1.3x time")
+    arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: 1.3x the time")
     arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
     arg("--seed", type=int, default=0, help="order of the prompts")
     # Saving
@@ -550,31 +572,41 @@ def main():
     reward = rollouts["reward"]
     usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
     for name, count in (("right", (usable & (reward > 0)).sum()), ("wrong", (usable & (reward == 0)).sum())):
-        if count == 0:
+        if count == 0 and not (args.loss == "sft" and name == "wrong"):
             raise InputError(f"{args.rollouts} has no {name} response: nothing can be learnt from it; sample other prompts")
     if args.loss == "sft":
         usable &= reward > 0
+    if args.optimizer_from and not (args.optimizer_from / "final" / "optimizer.pt").is_file():
+        raise InputError(f"--optimizer-from {args.optimizer_from} has no final/optimizer.pt: give the --out of a finished run")
     rank, world, device = setup_ddp()
-    finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model), rollouts_fingerprint=rollouts["fingerprint"])
-    if finished:
+    if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model),
+                 rollouts_fingerprint=rollouts["fingerprint"]):
         if rank == 0:
             print(f"{args.out}: already finished")
         return
 
     # ---- reference log-probs, each scored once, and then the one model that trains ---------------------------------------
-    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk, trust_remote_code=args.trust_remote_code)
+    options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
+                   trust_remote_code=args.trust_remote_code)
     old_logp = score(old, args.rollouts, **options)
     ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
-    adv = group_advantages(reward, rollouts["prompt_index"])
+    adv = torch.zeros_like(reward)
+    adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
+    gap = (rollouts["sampler_logp"] - old_logp).abs().nanmean().item()              # NaN where the sampler reported none
+    if rank == 0 and math.isfinite(gap):
+        print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
     step, save = newest_save(args.out)
     lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
-    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if args.kl_coef and args.kl_kind == "exact" else None
+    exact = args.kl_coef and args.kl_kind == "exact"                                # the one case with two models in memory
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     carried = save or (args.optimizer_from and args.optimizer_from / "final")
     if carried:
-        optimizer.load_state_dict(torch.load(carried / "optimizer.pt", weights_only=True, map_location=device)["optimizer"])
+        state = torch.load(carried / "optimizer.pt", weights_only=True, map_location=device)
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.lr                                   # the state carries the lr of its run
     n_prompts = len(rollouts["prompt_index"][usable].unique())
     steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
     metrics = read_metrics(args.out, step)
@@ -629,7 +661,8 @@ def main():
         seconds = time.time() - start
         m = {"step": step, "loss": sums[0].item(), "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
              "tok_per_s": n_tokens / seconds, "seconds": seconds,
-             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None, **step_metrics(sums[1:])}
+             "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
+             **step_metrics(sums[1:])}
         if args.loss == "ce":
             sign_right = (implicit.cpu() > 0) == (reward[batch] > 0)
             m |= {"reward_acc": sign_right.float().mean().item(),
@@ -638,9 +671,9 @@ def main():
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
-            bar.write(f"step {step:03d}/{steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | entropy {m['entropy']:.3f} | "
-                      f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-            if step % args.save_every == 0 and step < steps:
+            bar.write(f"step {step:03d}/{steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
+                      f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+            if step % args.save_every == 0:
                 save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
     if rank == 0:
         save_step(args.out, "final", lm, tokenizer, optimizer, step)

@@ -8,12 +8,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import conftest
 import teacher
 
+
+def run_here(*argv):
+    assert conftest.run_here(*argv) == 0
+
+
 FAST = ["--batch-prompts", 6, "--lr", "3e-3", "--no-checkpointing"]
 
 
 def test_a_short_distillation_raises_log_probs_where_the_signal_is_positive_and_lowers_them_elsewhere(tiny, tmp_path):
     model, rollouts, other = tiny
-    conftest.run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / "s", "--steps", 8, *FAST)
+    run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / "s", "--steps", 8, *FAST)
     old, new, target = (teacher.score(m, rollouts) for m in (model, tmp_path / "s" / "final", other))
     signal = target - old
     adv = signal - signal.mean()
@@ -28,7 +33,7 @@ def test_a_short_distillation_raises_log_probs_where_the_signal_is_positive_and_
 def test_the_live_denominator_starts_as_the_fixed_signal_and_then_parts_from_it(tiny, tmp_path):
     model, rollouts, other = tiny
     for denominator in ("old", "live"):
-        conftest.run_here("distill.py", "--student", model, "--teacher", other, "--denominator", denominator, "--rollouts", rollouts,
+        run_here("distill.py", "--student", model, "--teacher", other, "--denominator", denominator, "--rollouts", rollouts,
                             "--out", tmp_path / denominator, "--steps", 3, *FAST)
     fixed, live = ([json.loads(line) for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("old", "live"))
     assert abs(fixed[0]["loss"] - live[0]["loss"]) < 1e-6 and abs(fixed[0]["grad_norm"] - live[0]["grad_norm"]) < 1e-5
@@ -40,7 +45,7 @@ def test_the_entropy_bonus_raises_entropy_and_the_kl_term_holds_the_student_back
     last = {}
     for name, extra in (("plain", []), ("entropy", ["--entropy-coef", 1.0]), ("kl", ["--kl-coef", 5.0, "--kl-kind", "exact"]),
                         ("sampled", ["--kl-coef", 5.0])):
-        conftest.run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / name, "--steps", 6, *FAST, *extra)
+        run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / name, "--steps", 6, *FAST, *extra)
         last[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["entropy"]["entropy"] > last["plain"]["entropy"] + 1e-3
     assert last["kl"]["kl_old_new"] < 0.9 * last["plain"]["kl_old_new"] and last["sampled"]["kl_old_new"] < 0.95 * last["plain"]["kl_old_new"]
@@ -49,7 +54,7 @@ def test_the_entropy_bonus_raises_entropy_and_the_kl_term_holds_the_student_back
 def test_the_teachers_fit_the_rewards(tiny, tmp_path):
     model, rollouts, _ = tiny
     for loss in ("ce", "mse"):
-        conftest.run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / loss, "--loss", loss, "--beta", 0.5, "--steps", 12, *FAST)
+        run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / loss, "--loss", loss, "--beta", 0.5, "--steps", 12, *FAST)
         first, *_, last = [json.loads(line) for line in (tmp_path / loss / "metrics.jsonl").read_text().splitlines()]
         assert last["loss"] < first["loss"]
         assert last["prob_pos"] / last["prob_neg"] > first["prob_pos"] / first["prob_neg"]
@@ -62,7 +67,7 @@ def test_the_teachers_fit_the_rewards(tiny, tmp_path):
 def test_checkpoints_load_without_our_code_and_an_interrupted_run_continues_exactly(tiny, tmp_path):
     model, rollouts, _ = tiny
     command = ["teacher.py", "--model", model, "--rollouts", rollouts, "--loss", "ce", "--beta", 0.5, "--steps", 5, "--save-every", 2, *FAST]
-    conftest.run_here(*command, "--out", tmp_path / "whole")
+    run_here(*command, "--out", tmp_path / "whole")
     # what a kill -9 in step 5 leaves behind: step 4 complete with its optimizer, one line of metrics too many, no final
     again, original = tmp_path / "again", teacher.save_step
 
@@ -73,11 +78,11 @@ def test_checkpoints_load_without_our_code_and_an_interrupted_run_continues_exac
     teacher.save_step = dies_at_the_end
     try:
         with pytest.raises(KeyboardInterrupt):
-            conftest.run_here(*command, "--out", again)
+            run_here(*command, "--out", again)
     finally:
         teacher.save_step = original
     assert not (again / "final").exists() and [p.parent.name for p in again.glob("*/optimizer.pt")] == ["step-0004"]
-    conftest.run_here(*command, "--out", again)
+    run_here(*command, "--out", again)
     metrics = [[json.loads(line) for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "again")]
     assert [[(m["step"], m["loss"], m["grad_norm"]) for m in run] for run in metrics][0] == [(m["step"], m["loss"], m["grad_norm"]) for m in metrics[1]]
     for name in ("step-0002", "step-0004", "final"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def test_vllm_is_imported_only_inside_functions():
 
 def test_top_level_holds_only_what_the_layout_allows():
     tracked = subprocess.run(["git", "ls-files"], cwd=conftest.ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
     top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
     assert top <= {"README.md", "requirements.txt", "run_rounds.sh", "tests", "LICENSE", *SCRIPTS}
 
@@ -45,18 +48,18 @@ def snapshot(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-def refused(folder, *argv):
+def refused(capsys, folder, *argv):
     """Exit code 2, one line on stderr, no file changed; returns the line."""
     before = snapshot(folder)
-    done = conftest.run_script(*argv, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "Traceback" not in done.stderr
+    capsys.readouterr()
+    assert conftest.run_here(*argv) == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and "error:" in printed
     assert snapshot(folder) == before
-    return lines[0]
+    return printed
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys):
     model, rollouts, other = tiny
     sample = ["--max-tokens", 8, "--n", 2, "--engine", "hf"]
     prompts = tmp_path / "prompts.jsonl"
@@ -64,18 +67,18 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "unanswered.jsonl").write_text('{"problem": "1A+1"}\n')
     out = ["--out", tmp_path / "out"]
-    assert "nowhere.jsonl does not exist" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "nowhere.jsonl", *out, *sample)
-    assert "holds no prompts" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "empty.jsonl", *out, *sample)
-    assert "unanswered.jsonl:1 has no answer" in refused(tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "unanswered.jsonl", *out, *sample)
-    assert "does not exist" in refused(tmp_path, "rollout.py", "--model", tmp_path / "no-model", "--prompts", prompts, *out, *sample)
-    assert "holds no shard" in refused(tmp_path, "teacher.py", "--model", model, "--rollouts", tmp_path, *out, "--loss", "ce")
-    assert "does not exist" in refused(tmp_path, "teacher.py", "--model", tmp_path / "no-model", "--rollouts", rollouts, *out, "--loss", "ce")
-    assert "does not exist" in refused(tmp_path, "distill.py", "--student", model, "--teacher", tmp_path / "none-here", "--rollouts", rollouts, *out)
-    assert "does not exist" in refused(tmp_path, "evaluate.py", "--model", model, "--data", f"x={tmp_path}/nowhere.jsonl", "--out", tmp_path / "r.jsonl")
-    assert "same policy" in refused(tmp_path, "distill.py", "--student", model, "--teacher", model, "--rollouts", rollouts, *out)
+    assert "nowhere.jsonl does not exist" in refused(capsys, tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "nowhere.jsonl", *out, *sample)
+    assert "holds no prompts" in refused(capsys, tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "empty.jsonl", *out, *sample)
+    assert "unanswered.jsonl:1 has no answer" in refused(capsys, tmp_path, "rollout.py", "--model", model, "--prompts", tmp_path / "unanswered.jsonl", *out, *sample)
+    assert "does not exist" in refused(capsys, tmp_path, "rollout.py", "--model", tmp_path / "no-model", "--prompts", prompts, *out, *sample)
+    assert "holds no shard" in refused(capsys, tmp_path, "teacher.py", "--model", model, "--rollouts", tmp_path, *out, "--loss", "ce")
+    assert "does not exist" in refused(capsys, tmp_path, "teacher.py", "--model", tmp_path / "no-model", "--rollouts", rollouts, *out, "--loss", "ce")
+    assert "does not exist" in refused(capsys, tmp_path, "distill.py", "--student", model, "--teacher", tmp_path / "none-here", "--rollouts", rollouts, *out)
+    assert "does not exist" in refused(capsys, tmp_path, "evaluate.py", "--model", model, "--data", f"x={tmp_path}/nowhere.jsonl", "--out", tmp_path / "r.jsonl")
+    assert "same policy" in refused(capsys, tmp_path, "distill.py", "--student", model, "--teacher", model, "--rollouts", rollouts, *out)
 
 
-def test_rollouts_of_another_tokenizer_or_of_an_unknown_policy_are_refused(tiny, tmp_path):
+def test_rollouts_of_another_tokenizer_or_of_an_unknown_policy_are_refused(tiny, tmp_path, capsys):
     model, _, other = tiny
     rollouts = conftest.make_rollouts(tmp_path / "rollouts", model)
     foreign = conftest.make_model(tmp_path / "foreign")
@@ -83,32 +86,41 @@ def test_rollouts_of_another_tokenizer_or_of_an_unknown_policy_are_refused(tiny,
     vocabulary["model"]["vocab"] = {("so  " if t == "so " else t): i for t, i in vocabulary["model"]["vocab"].items()}
     (foreign / "tokenizer.json").write_text(json.dumps(vocabulary))
     out = ["--out", tmp_path / "out"]
-    assert "another tokenizer" in refused(tmp_path, "teacher.py", "--model", foreign, "--rollouts", rollouts, *out, "--loss", "ce")
-    assert "another tokenizer" in refused(tmp_path, "distill.py", "--student", model, "--teacher", foreign, "--rollouts", rollouts, *out)
+    assert "another tokenizer" in refused(capsys, tmp_path, "teacher.py", "--model", foreign, "--rollouts", rollouts, *out, "--loss", "ce")
+    assert "another tokenizer" in refused(capsys, tmp_path, "distill.py", "--student", model, "--teacher", foreign, "--rollouts", rollouts, *out)
     assert "not the policy that wrote the rollouts" in refused(
-        tmp_path, "teacher.py", "--model", other, "--rollouts", rollouts, "--old", other, *out, "--loss", "ce")
+        capsys, tmp_path, "teacher.py", "--model", other, "--rollouts", rollouts, "--old", other, *out, "--loss", "ce")
     moved = conftest.make_rollouts(tmp_path / "moved", conftest.make_model(tmp_path / "gone"))
     (tmp_path / "gone" / "model.safetensors").unlink()
-    assert "--old" in refused(tmp_path, "teacher.py", "--model", model, "--rollouts", moved, *out, "--loss", "ce")
-    conftest.run_script("teacher.py", "--model", model, "--rollouts", moved, "--old", model, *out, "--loss", "ce", "--steps", 1)
+    assert "--old" in refused(capsys, tmp_path, "teacher.py", "--model", model, "--rollouts", moved, *out, "--loss", "ce")
+    assert conftest.run_here("teacher.py", "--model", model, "--rollouts", moved, "--old", model, *out, "--loss", "ce", "--steps", 1) == 0
 
 
-def test_a_finished_command_touches_nothing_and_other_settings_are_refused(tiny, tmp_path):
+def test_exit_codes_of_real_processes_and_the_one_line_under_torchrun(tiny, tmp_path):
+    command = ["teacher.py", "--model", tiny[0], "--rollouts", tmp_path / "nowhere", "--out", tmp_path / "out", "--loss", "ce"]
+    alone, two = conftest.run_script(*command, check=False), conftest.run_script(*command, check=False, nproc=2)
+    assert alone.returncode == 2 and alone.stderr.splitlines() == [f"teacher.py: error: {tmp_path}/nowhere holds no shard-*.pt: give the --out folder of rollout.py"]
+    assert two.returncode == 1 and two.stderr.count("holds no shard-*.pt") == 1
+    assert conftest.run_script("teacher.py", "--no-such-flag", check=False).returncode == 2
+
+
+def test_a_finished_command_touches_nothing_and_other_settings_are_refused(tiny, tmp_path, capsys):
     model, rollouts, _ = tiny
     command = ["teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "out", "--loss", "ce", "--steps", 2]
-    conftest.run_script(*command)
+    assert conftest.run_here(*command) == 0
     before = snapshot(tmp_path)
-    assert "already finished" in conftest.run_script(*command).stdout
+    capsys.readouterr()
+    assert conftest.run_here(*command) == 0 and "already finished" in capsys.readouterr().out
     assert snapshot(tmp_path) == before
-    assert "--lr 1e-06, now 0.1" in refused(tmp_path, *command, "--lr", 0.1)
+    assert "--lr 1e-06, now 0.1" in refused(capsys, tmp_path, *command, "--lr", 0.1)
 
 
-def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(tiny, tmp_path):
+def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(tiny, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"problem": f"{i}A+{i}", "answer": str(2 * i % 10)}) + "\n" for i in range(7)))
     command = ["rollout.py", "--model", tiny[0], "--prompts", prompts, "--num-prompts", 0, "--n", 3, "--max-tokens", 10, "--engine", "hf",
                "--shard-prompts", 2, "--temperature", 1]
-    conftest.run_script(*command, "--out", tmp_path / "one")
+    conftest.run_script(*command, "--out", tmp_path / "one")        # a process of its own: as many threads as each of the two
     conftest.run_script(*command, "--out", tmp_path / "two", nproc=2)
     shards = sorted((tmp_path / "one").glob("shard-*.pt"))
     assert len(shards) == 4 and json.loads((tmp_path / "one" / "rollouts.json").read_text())["summary"]["responses"] == 21
@@ -119,7 +131,7 @@ def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(
     for path in shards:
         a, b = (torch.load(folder / path.name, weights_only=True) for folder in (tmp_path / "one", tmp_path / "two"))
         assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["reward"], b["reward"])
-    assert "max_tokens = 10, now 11" in refused(tmp_path / "one", *command, "--out", tmp_path / "one", "--max-tokens", 11)
+    assert "max_tokens = 10, now 11" in refused(capsys, tmp_path / "one", *command, "--out", tmp_path / "one", "--max-tokens", 11)
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------------
@@ -146,7 +158,7 @@ def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path)
 
 def test_the_driver_end_to_end_at_a_tiny_size_and_again_in_seconds(tmp_path):
     env = dict(OUT=str(tmp_path / "demo"), ROUNDS="2", TOY="--steps 150 --min-ops 1 --max-ops 1 --train 60 --validation 6 --test 8", PROMPTS_PER_ROUND="12",
-               TEACHER_STEPS="18", MSE_STEPS="12", K="4", VIRTUAL_ENV=os.environ.get("VIRTUAL_ENV", ""))
+               TEACHER_STEPS="18", MSE_STEPS="12", K="4", VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}")
     done = run_driver(**env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     demo = tmp_path / "demo"

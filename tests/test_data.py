@@ -55,7 +55,7 @@ def test_unusable_rows_are_named_by_file_and_line(tmp_path, content, complaint):
     ("\\boxed{\\frac{1}{2}}", "0.5", 1), ("\\boxed{\\frac{2}{4}}", "\\frac{1}{2}", 1), ("\\boxed{\\frac{1}{3}}", "\\frac{1}{2}", 0),
     ("\\boxed{x^{2}+1}", "1+x^2", 1), ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", 1), ("\\boxed{(1,2)}", "(1, 2)", 1), ("\\boxed{(2,1)}", "(1, 2)", 0),
     ("\\boxed{-1}", ["1", "-1"], 1), ("\\boxed{3}", ["1", "-1"], 0), ("\\boxed{unclosed", "unclosed", 0), ("", "1", 0),
-    ("\\boxed{9^{9^{9^9}}}", "1", 0), ("\\boxed{" + "1" * 5000 + "}", "1", 0),
+    ("\\boxed{9^{9^{9^9}}}", "1", 0), ("\\boxed{y^2+x^2}", "x^2+y^2", 1), ("\\boxed{2^3 \\cdot 3^2}", "72", 1), ("\\boxed{" + "1" * 5000 + "}", "1", 0),
 ])
 def test_grading_cases(response, gold, right):
     assert rollout.grade([response], [gold]) == [float(right)]

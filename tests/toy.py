@@ -163,7 +163,7 @@ def parse_args(argv=None):
     arg("--max-ops", type=int, default=6, help="longest chain, at most 10")
     arg("--train", type=int, default=4000, help="number of training prompts")
     arg("--validation", type=int, default=200)
-    arg("--test", type=int, default=200)
+    arg("--test", type=int, default=150)
     return p.parse_args(argv)
 
 
