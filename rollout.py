@@ -615,7 +615,7 @@ def parse_args(argv=None):
     arg("--answer-field", help="field of the gold answer, if it has an unusual name")
     arg("--prompt-suffix", default="", help="text added to every problem, such as an instruction to box the answer")
     # Sampling
-    arg("--n", type=int, default=16, help="responses per prompt (Sec. 4.1)")
+    arg("-n", "--n", type=int, default=16, help="responses per prompt (Sec. 4.1); under torchrun write -n, for --n looks like one of its own flags")
     arg("--temperature", type=float, default=0.6, help="Sec. 4.1: 0.6, and 1.0 for Qwen3.5")
     arg("--top-p", type=float, default=1.0, help="ours: 1, so that pi_old is the distribution sampled from")
     arg("--top-k", type=int, default=-1, help="-1 for all tokens")

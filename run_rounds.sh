@@ -22,7 +22,7 @@ TEACHER_STEPS=${TEACHER_STEPS:-48}                            # 1.5 epochs, past
 DISTILL_STEPS=${DISTILL_STEPS:-10}                             # paper: 10 when iterating rounds
 MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-16}                                                     # samples per test problem
-SAMPLE="--n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100"
+SAMPLE="-n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100"
 TRAIN="--micro-tokens 4096 --no-checkpointing"
 MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192"
 

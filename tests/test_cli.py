@@ -118,7 +118,7 @@ def test_a_finished_command_touches_nothing_and_other_settings_are_refused(tiny,
 def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(tiny, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"problem": f"{i}A+{i}", "answer": str(2 * i % 10)}) + "\n" for i in range(7)))
-    command = ["rollout.py", "--model", tiny[0], "--prompts", prompts, "--num-prompts", 0, "--n", 3, "--max-tokens", 10, "--engine", "hf",
+    command = ["rollout.py", "--model", tiny[0], "--prompts", prompts, "--num-prompts", 0, "-n", 3, "--max-tokens", 10, "--engine", "hf",
                "--shard-prompts", 2, "--temperature", 1]
     conftest.run_script(*command, "--out", tmp_path / "one")        # a process of its own: as many threads as each of the two
     conftest.run_script(*command, "--out", tmp_path / "two", nproc=2)
@@ -153,7 +153,7 @@ def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path)
     assert [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")] == [5, 7, 4]
     known = {script: set(re.findall(r"--[a-z][a-z-]*", (conftest.ROOT / script).read_text())) for script in {c[1] for c in commands}}
     for command in commands:
-        assert {word for word in command[2:] if word.startswith("--")} <= known[command[1]]
+        assert {word.replace("--no-", "--") for word in command[2:] if word.startswith("--")} <= known[command[1]]
 
 
 def test_the_driver_end_to_end_at_a_tiny_size_and_again_in_seconds(tmp_path):

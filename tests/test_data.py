@@ -11,6 +11,9 @@ import rollout
 import teacher
 
 
+META = {"model": "m", "model_fingerprint": "f", "tokenizer_fingerprint": "t", "temperature": 1.0, "shards": 1}
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
@@ -69,7 +72,7 @@ def test_identical_pairs_are_graded_once_and_counted():
 
 def test_a_shard_round_trip_keeps_every_id_and_reward(tmp_path, tiny):
     responses = [[{"ids": [5, 6, 3], "truncated": False, "logp": [-0.1, -0.2, -0.3]}, {"ids": [9], "truncated": True, "logp": None}]]
-    shard = rollout.build_shard([(11, [1, 2])], responses, [1.0, 0.0], None, {"shards": 1})
+    shard = rollout.build_shard([(11, [1, 2])], responses, [1.0, 0.0], None, META)
     rollout.write_atomic(tmp_path / "shard-00000.pt", lambda p: torch.save(shard, p))
     (back,) = rollout.load_shards(tmp_path)
     assert back["input_ids"].tolist() == [1, 2, 5, 6, 3, 1, 2, 9] and back["offsets"].tolist() == [0, 5, 8]
