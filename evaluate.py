@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, load_prompts, load_shards, load_tokenizer, parse_args as parse_rollout_args,
-                     resolve_checkpoint, run_main, sample_rollouts, write_atomic)
+from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, load_prompts, load_shards, load_tokenizer,
+                     resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic)
+from rollout import parse_args as parse_rollout_args
 from teacher import load_rollouts, score, setup_ddp
 
 
@@ -401,7 +402,8 @@ def main():
     benchmarks = [parse_benchmark(text, args.k) for text in args.data]
     for _, file, _ in benchmarks:
         load_prompts(file)                                  # a wrong path stops before any model is loaded
-    vocabularies = {tokenizer_fingerprint(load_tokenizer(model, args.trust_remote_code)) for model in [*args.model, *([args.base] if args.base else [])]}
+    policies = [*args.model, args.base] if args.base else args.model
+    vocabularies = {tokenizer_fingerprint(load_tokenizer(policy, args.trust_remote_code)) for policy in policies}
     if args.base and len(vocabularies) > 1:
         raise InputError("--model and --base have different tokenizers, so there is no KL between them: leave out --base")
     rank, world, _ = setup_ddp()

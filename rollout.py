@@ -466,9 +466,6 @@ def read_shard(path):
                          f"delete it and run rollout.py again") from error
     if not isinstance(shard, dict) or shard.get("version") != SHARD_VERSION or not isinstance(shard.get("meta"), dict):
         raise InputError(f"{path} is not a rollout shard of version {SHARD_VERSION}: sample again with this rollout.py")
-    for key in ("model", "model_fingerprint", "tokenizer_fingerprint", "temperature", "shards"):
-        if key not in shard["meta"]:
-            raise InputError(f"{path}: its meta has no {key}: sample again with this rollout.py")
     for key, dtype in SHARD_FIELDS.items():
         if not isinstance(shard.get(key), torch.Tensor) or shard[key].dtype != dtype or shard[key].dim() != 1:
             raise InputError(f"{path}: {key} is missing or not a flat {dtype} tensor")
@@ -498,7 +495,7 @@ def load_shards(folder):
         different = [key for key in meta if shard["meta"].get(key) != meta[key] and key != "model"]    # known by fingerprint
         if different:
             raise InputError(f"{path} was sampled with another {different[0]} than {paths[0].name}: keep one run per folder")
-    if len(shards) != meta["shards"]:
+    if len(shards) != meta.get("shards", len(shards)):
         raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: "
                          f"run the same rollout.py command again to finish it")
     return shards
@@ -582,7 +579,8 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
 
 def count_grading(shards):
     """Sum of the grading counts of all shards. Also used by evaluate.py."""
-    return {key: sum(s["grading"].get(key, 0) for s in shards) for key in sorted({k for s in shards for k in s["grading"]})}
+    counts = [s.get("grading", {}) for s in shards]
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
 
 
 def summarize(folder, rate):

@@ -232,6 +232,25 @@ def grpo_loss(logp, old_logp, mask, adv, clip_low=0.2, clip_high=0.28):
     return -(objective.masked_fill(mask == 0, 0.0)).sum()
 
 
+def gae_advantages(values, reward, mask, lam_alpha=0.05):
+    """Generalised advantage estimation for PPO, (B, T) like `values`, not whitened; 0 outside the mask.
+
+    The only reward is R at the last response token and gamma is 1. lambda = max(0, 1 - 1/(lam_alpha * length)) for each
+    response: longer ones look further ahead (Sec. 4.1, where the paper prints 1/(0.05 * length) alone).
+    """
+    lam = (1 - 1 / (lam_alpha * mask.sum(1).clamp(min=1))).clamp(min=0)             # (B,)
+    adv, running, next_value = torch.zeros_like(values), torch.zeros_like(reward), torch.zeros_like(reward)
+    seen = torch.zeros_like(mask[:, 0])                     # 1 once the last token of a response has been passed
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t]
+        terminal = reward * (1 - seen)                      # R at the last token, nothing before it
+        running = torch.where(here > 0, terminal + next_value - values[:, t] + lam * running, running)
+        next_value = torch.where(here > 0, values[:, t], next_value)
+        seen = torch.maximum(seen, here)
+        adv[:, t] = running * here
+    return adv
+
+
 def group_advantages(reward, prompt_index):
     """A = (R - mean) / (std + 1e-6) within the responses of a prompt, (B,); std unbiased; 0 for a group of one."""
     _, group = prompt_index.unique(return_inverse=True)
@@ -246,6 +265,9 @@ def group_advantages(reward, prompt_index):
 def load_rollouts(folder):
     """Joined shards with their fingerprint added. Also used by distill.py."""
     rollouts = join_shards(load_shards(folder))
+    for key in ("model", "model_fingerprint", "tokenizer_fingerprint", "temperature"):
+        if key not in rollouts["meta"]:
+            raise InputError(f"{folder}: the meta of its shards has no {key}: sample again with this rollout.py")
     digest = hashlib.sha256()
     for key in ("input_ids", "offsets", "prompt_len", "prompt_index", "reward"):
         digest.update(rollouts[key].numpy().tobytes())

@@ -79,6 +79,23 @@ def test_group_advantages_use_bessels_correction_and_a_group_of_one_gets_nothing
     torch.testing.assert_close(teacher.group_advantages(reward, prompt), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_gae_equals_its_definition_for_each_response():
+    """A_t = sum over k of lambda^k delta_(t+k), delta_t = r_t + V_(t+1) - V_t, lambda from the length of the response."""
+    generator = torch.Generator().manual_seed(0)
+    values, mask = torch.randn(3, 60, generator=generator, dtype=torch.float64), torch.zeros(3, 60, dtype=torch.float64)
+    spans, reward = [(4, 54), (0, 60), (7, 17)], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    for row, (a, b) in enumerate(spans):
+        mask[row, a:b] = 1
+    adv = teacher.gae_advantages(values, reward, mask)
+    for row, (a, b) in enumerate(spans):
+        lam = max(0.0, 1 - 1 / (0.05 * (b - a)))
+        v = [*values[row, a:b].tolist(), 0.0]
+        delta = [(reward[row].item() if t == b - a - 1 else 0.0) + v[t + 1] - v[t] for t in range(b - a)]
+        for t in range(b - a):
+            assert adv[row, a + t].item() == pytest.approx(sum(lam ** k * delta[t + k] for k in range(b - a - t)))
+    assert (adv[mask == 0] == 0).all()
+
+
 LOSSES = {
     "ce": lambda x: teacher.ce_loss(x, OLD, MASK, REWARD, 0.5), "mse": lambda x: teacher.mse_loss(x, MASK, REWARD),
     "sapo": lambda x: teacher.sapo_loss(x, OLD, MASK, 2 * REWARD - 1), "grpo": lambda x: teacher.grpo_loss(x, OLD, MASK, 2 * REWARD - 1),
