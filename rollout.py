@@ -492,7 +492,7 @@ def load_shards(folder):
     shards = [read_shard(path) for path in paths]
     meta = shards[0]["meta"]
     for path, shard in zip(paths, shards):
-        different = [key for key in meta if shard["meta"].get(key) != meta[key] and key != "model"]    # known by fingerprint
+        different = [key for key in meta if shard["meta"].get(key) != meta[key] and key not in ("model", "prompts")]
         if different:
             raise InputError(f"{path} was sampled with another {different[0]} than {paths[0].name}: keep one run per folder")
     if len(shards) != meta.get("shards", len(shards)):
@@ -554,7 +554,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     for path in sorted(Path(args.out).glob("shard-*.pt")):
         theirs = read_shard(path)["meta"]
         for key in meta:
-            if theirs.get(key) != meta[key] and key != "model":     # the same weights may be given by another path
+            if theirs.get(key) != meta[key] and key not in ("model", "prompts"):    # paths: known by their content
                 raise InputError(f"{path} was sampled with {key} = {theirs.get(key)!r}, now {meta[key]!r}: "
                                  f"use another --out, or delete that folder to start over")
 
@@ -647,7 +647,8 @@ def main():
         rate = sample_rollouts(args, pool, rank, world, local_rank)
     written = sorted(args.out.glob("shard-*.pt"))
     if rate is None and (args.out / "rollouts.json").exists():
-        print(f"{args.out}: already finished" if rank == 0 else "", end="\n" if rank == 0 else "")
+        if rank == 0:
+            print(f"{args.out}: already finished")
     elif written and len(written) == read_shard(written[0])["meta"]["shards"]:
         summarize(args.out, rate)                           # by the rank that finishes last: only it sees all shards
 
