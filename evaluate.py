@@ -11,6 +11,7 @@ Samples are ordinary rollout shards beside the results, so an interrupted evalua
 a model wrote. One row per (checkpoint, benchmark) says with which settings. Nobody imports this file.
 """
 import argparse
+import fcntl
 import gc
 import hashlib
 import itertools
@@ -64,8 +65,9 @@ def append_result(path, row):
     """Add one line to results.jsonl: other processes may append to it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)
+        f.truncate(f.read().rfind(b"\n") + 1)               # a line that a crash cut short
         f.write((json.dumps(row) + "\n").encode())
         f.flush()
         os.fsync(f.fileno())
@@ -136,7 +138,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
 COLOURS = {"base": "#444444", "teacher": "#d1603d", "student": "#1f6f8b", "control": "#8a8a8a", "mse": "#7a5195",
            "weak-to-strong": "#3a9d5d"}
 NAMES = {"teacher": "teacher: every evaluated checkpoint of its path", "student": "student (ERPD): the teacher's last checkpoint, distilled",
-         "control": "control: one stage with the student's KL term"}
+         "control": "control: one stage with the student's KL term, last checkpoints"}
 
 
 def read_runs(folder, rows, benchmark):
@@ -232,7 +234,7 @@ def figure_kl(plt, runs, base_row, path):
         style = dict(color=COLOURS[kind], label=None if kind in shown else NAMES[kind], capsize=2)
         shown.add(kind)
         if kind == "student":
-            axes.errorbar(kl[-1], accuracy[-1], yerr=se[-1], fmt="*", markersize=17, zorder=3, **style)
+            axes.errorbar(kl[-1], accuracy[-1], yerr=se[-1], fmt="*", markersize=14, zorder=3, **style)
         else:
             start = starts.get(parent, starts["0"])
             axes.errorbar((start[0], *kl), (start[1], *accuracy), yerr=(0.0, *se), fmt="o-" if kind == "teacher" else "^--",
@@ -243,7 +245,7 @@ def figure_kl(plt, runs, base_row, path):
     axes.set(xlabel="reverse KL to the base (nats per token, on the policy's own samples)",
              ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}", title="Left and above is better; numbers are rounds")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

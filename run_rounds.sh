@@ -83,9 +83,10 @@ demo() {
       # Stage 0: sample the current policy once.
       step "$dir/rollouts/rollouts.json" $PY rollout.py --model "$policy" --prompts "$OUT/prompts/train.jsonl" --out "$dir/rollouts" \
         --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
-      # Stage 1: a weakly constrained teacher, for dozens of steps on that batch, past the point where it starts to drift.
+      # Stage 1: a weakly constrained teacher, for dozens of steps on that batch. beta acts through beta x length: 0.5 at 40
+      # tokens is what 0.001 is at 20,000.
       step "$dir/teacher/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/teacher" --seed "$seed" \
-        --loss ce --beta 0.1 --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --loss ce --beta 0.5 --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
       # Stage 2: back to the policy that wrote the rollouts, and distil (strategy 1).
       step "$dir/student/final" $PY distill.py --student "$policy" --teacher "$dir/teacher/final" --denominator old \
         --rollouts "$dir/rollouts" --out "$dir/student" --seed "$seed" \
@@ -101,7 +102,7 @@ demo() {
           --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
       step "$single/teacher/final" $PY teacher.py --model "$control" --rollouts "$data" --out "$single/teacher" --seed "$seed" \
-        --loss ce --beta 0.1 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --loss ce --beta 0.5 --kl-coef 1 --kl-kind exact --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
       control=$single/teacher/final
 
       evaluate "$OUT/base" $(checkpoints "$dir/teacher" "$TEACHER_STEPS" 16) "$dir/student/final" "$single/teacher/final"
