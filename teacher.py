@@ -61,8 +61,8 @@ class HeadLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)         # fp32 from the logits on
         top, total, first, target_logit = (torch.full((len(hidden),), fill, dtype=wide, device=hidden.device)
                                            for fill in (-math.inf, 0.0, 0.0, 0.0))
-        for rows in torch.arange(len(hidden)).split(chunk):
-            i = slice(rows[0], rows[-1] + 1)
+        for row in range(0, len(hidden), chunk):
+            i = slice(row, row + chunk)
             for v in range(0, len(weight), VOCAB_TILE):
                 z = tile_logits(hidden[i], weight[v:v + VOCAB_TILE], temperature, wide)     # (C, tile)
                 new_top = torch.maximum(top[i], z.max(dim=1).values)
@@ -88,8 +88,8 @@ class HeadLogps(torch.autograd.Function):
         for v in range(0, len(weight), VOCAB_TILE):         # vocabulary outside: each slice of dW is summed once, in fp32
             w = weight[v:v + VOCAB_TILE]
             grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
-            for rows in torch.arange(len(hidden)).split(ctx.chunk):
-                i = slice(rows[0], rows[-1] + 1)
+            for row in range(0, len(hidden), ctx.chunk):
+                i = slice(row, row + ctx.chunk)
                 log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
                 p = log_p.exp()
                 here = targets[i] - v

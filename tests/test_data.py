@@ -53,15 +53,22 @@ def test_unusable_rows_are_named_by_file_and_line(tmp_path, content, complaint):
         rollout.load_prompts(tmp_path / "p.jsonl")
 
 
-@pytest.mark.parametrize("response, gold, right", [
+GRADED = [                                                  # response, gold, right
     ("so \\boxed{7}", "7", 1), ("\\boxed{7} no, \\boxed{8}", "7", 0), ("\\boxed{07}", 7, 1), ("\\boxed{142}", 142.0, 1), ("7", "7", 0),
     ("\\boxed{\\frac{1}{2}}", "0.5", 1), ("\\boxed{\\frac{2}{4}}", "\\frac{1}{2}", 1), ("\\boxed{\\frac{1}{3}}", "\\frac{1}{2}", 0),
     ("\\boxed{x^{2}+1}", "1+x^2", 1), ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", 1), ("\\boxed{(1,2)}", "(1, 2)", 1), ("\\boxed{(2,1)}", "(1, 2)", 0),
     ("\\boxed{-1}", ["1", "-1"], 1), ("\\boxed{3}", ["1", "-1"], 0), ("\\boxed{unclosed", "unclosed", 0), ("", "1", 0),
     ("\\boxed{9^{9^{9^9}}}", "1", 0), ("\\boxed{y^2+x^2}", "x^2+y^2", 1), ("\\boxed{2^3 \\cdot 3^2}", "72", 1), ("\\boxed{" + "1" * 5000 + "}", "1", 0),
-])
-def test_grading_cases(response, gold, right):
-    assert rollout.grade([response], [gold]) == [float(right)]
+]
+
+
+def test_grading_cases():
+    """All in one call, as a shard is graded: the processes start once."""
+    responses, golds, wanted = zip(*GRADED)
+    stats = {}
+    verdicts = rollout.grade(responses, golds, stats=stats)
+    assert [g for g, v, w in zip(GRADED, verdicts, wanted) if v != w] == []
+    assert stats["refused"] == 2 and stats["timeouts"] == stats["errors"] == stats["unparsable_gold"] == 0
 
 
 def test_identical_pairs_are_graded_once_and_counted():
