@@ -114,7 +114,7 @@ demo() {
       --seed "$seed" --loss mse --lr 5e-4 --batch-prompts 16 --steps "$MSE_STEPS" --save-every 10 $TRAIN
     step "$dir/student/final" $PY distill.py --student "$OUT/base" --teacher "$dir/teacher/final" --denominator "$dir/teacher/step-0010" \
       --rollouts "$OUT/seed$seed/round1/rollouts" --out "$dir/student" --seed "$seed" \
-      --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
+      --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 0.1 --kl-kind exact $TRAIN
     evaluate "$dir/teacher/step-0010" "$dir/teacher/final" "$dir/student/final"
   done
   if [ -n "${DRY_RUN:-}" ] || [ ! -e "$OUT/report.md" ] || [ "$OUT/results.jsonl" -nt "$OUT/report.md" ]; then
