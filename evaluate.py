@@ -245,7 +245,7 @@ def figure_kl(plt, runs, base_row, path):
     axes.set(xlabel="reverse KL to the base (nats per token, on the policy's own samples)",
              ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}", title="Left and above is better; numbers are rounds")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False)    # off the points
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
