@@ -18,7 +18,7 @@ NPROC=${NPROC:-1}                     # processes per stage; on a machine with G
 # Sizes of the demonstration world, chosen on its validation prompts. The paper's sizes are the defaults of the scripts.
 TOY=${TOY:-}                                                   # options of tests/toy.py
 PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-1000}                   # as in the paper, with 8 responses each instead of 16
-TEACHER_STEPS=${TEACHER_STEPS:-48}                            # 1.5 epochs, past the teacher's best step
+TEACHER_STEPS=${TEACHER_STEPS:-48}                             # 1.5 epochs
 DISTILL_STEPS=${DISTILL_STEPS:-10}                             # paper: 10 when iterating rounds
 MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-16}                                                     # samples per test problem
@@ -26,7 +26,7 @@ SAMPLE="-n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100"
 TRAIN="--micro-tokens 4096 --no-checkpointing"
 MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192"
 
-# glibc gives large blocks back to the system after each use; keeping them makes training on CPU 1.1 to 1.3 times faster
+# glibc gives large blocks back to the system after each use; keeping them makes training on CPU a little faster
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
 export TOKENIZERS_PARALLELISM=false
 
