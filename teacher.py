@@ -372,6 +372,27 @@ def save_policy(lm, tokenizer, path, state=None):
     os.rename(partial, path)
 
 
+def compute_scores(checkpoint, data, temperature, micro_tokens, chunk, trust_remote_code):
+    """(log-prob, entropy) of every response token of joined rollouts, (2, sum of lengths) in nats; all ranks share the work."""
+    rank, world, device = setup_ddp()
+    lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
+    bounds = data["response_offsets"]
+    values = torch.zeros(2, int(bounds[-1]), device=device)
+    mine = micro_batches(data["offsets"].diff(), micro_tokens, world)[rank]
+    with torch.no_grad():
+        for indices in tqdm(mine, desc=f"scoring with {checkpoint}", disable=rank > 0, leave=False):
+            input_ids, mask = pad_responses(data, indices, device)
+            where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
+            for row, x in zip(values, token_logps(lm, input_ids, temperature, chunk, mask)):
+                row[where.to(device)] = x[mask.bool()]
+    del lm
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if world > 1:
+        dist.all_reduce(values)                                                     # each token was scored by one rank
+    return values.cpu()
+
+
 def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False):
     """log pi(a|s) of every response token of the rollouts folder under a checkpoint: flat fp32 [sum of response lengths].
 
@@ -390,23 +411,7 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
         dist.broadcast(missing, 0)                          # another job may write the file while the ranks look
     if missing:
         check_tokenizer(checkpoint, data, trust_remote_code)
-        lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
-        total = int(data["response_offsets"][-1])
-        values = torch.zeros(2, total, device=device)                               # logp, entropy
-        mine = micro_batches(data["offsets"].diff(), micro_tokens, world)[rank]
-        with torch.no_grad():
-            for indices in tqdm(mine, desc=f"scoring with {checkpoint}", disable=rank > 0, leave=False):
-                input_ids, mask = pad_responses(data, indices, device)
-                bounds = data["response_offsets"]
-                where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
-                for row, x in zip(values, token_logps(lm, input_ids, temperature, chunk, mask)):
-                    row[where.to(device)] = x[mask.bool()]
-        del lm
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if world > 1:
-            dist.all_reduce(values)                                                 # each token was scored by one rank
-        values = values.cpu()
+        values = compute_scores(checkpoint, data, temperature, micro_tokens, chunk, trust_remote_code)
         if rank == 0:
             write_atomic(path, lambda p: torch.save({"version": 1, "checkpoint": fingerprint, "rollouts": data["fingerprint"],
                                                      "temperature": temperature, "logp": values[0].clone(),
