@@ -19,7 +19,6 @@ Words and shapes: see teacher.py. Read next: evaluate.py.
 """
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -31,7 +30,8 @@ from tqdm import tqdm
 
 from rollout import InputError, checkpoint_fingerprint, run_main, write_atomic, write_json
 from teacher import (Policy, check_tokenizer, find_old, load_policy, load_rollouts, log_ratio, micro_batches, newest_save,
-                     pad_responses, read_metrics, save_step, score, setup_ddp, start_run, step_batches, step_metrics, token_sums)
+                     pad_responses, read_metrics, save_step, score, setup_ddp, start_run, step_batches, step_metrics,
+                     stop_if_not_finite, token_sums)
 
 
 # ---- the signal ---------------------------------------------------------------------------------------------------------
@@ -217,9 +217,7 @@ def main():
         grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
         if world > 1:
             dist.all_reduce(sums)
-        if not (math.isfinite(grad_norm) and math.isfinite(sums[0].item())):
-            raise RuntimeError(f"step {step}: loss {sums[0].item()} and gradient norm {grad_norm} are not finite; prompts of the "
-                               f"batch: {rollouts['prompt_index'][batch].unique().tolist()}; the last checkpoint is intact")
+        stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

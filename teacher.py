@@ -3,7 +3,7 @@ Stage 1: train a teacher on one fixed batch of rollouts, for dozens of weakly co
 
     CE    R(y) = beta * sum_t log pi/pi_old,  BCE with logits of R(y) against the reward            Eq. 2, 3
     MSE   (pi(a|s) - R)^2 per token: unlearns first, then recovers, and ends degenerate            Eq. 10
-    SAPO, GRPO, SFT: the losses they are compared with                                             Sec. 4.1
+    SAPO, GRPO, PPO, SFT: the losses they are compared with                                        Sec. 4.1
 
 The teacher extracts the signal of the batch and drifts; it is not the result. distill.py takes what it learnt back
 into pi_old, inside a trust region.
@@ -203,7 +203,7 @@ def ce_loss(logp, old_logp, mask, reward, beta, reduce="sum"):
 def mse_loss(logp, mask, reward, negative_weight=1.0):
     """(pi(a|s) - R)^2 on probabilities (Eq. 10), negatives weighted by w of Table 9. Sum over response tokens."""
     prob = logp.masked_fill(mask == 0, 0.0).clamp(max=20).exp()
-    weight = torch.where(reward > 0, 1.0, negative_weight)
+    weight = torch.where(reward > 0, reward.new_tensor(1.0), negative_weight)
     return ((prob - reward[:, None]).square() * weight[:, None] * mask).sum()
 
 
@@ -219,7 +219,7 @@ def sapo_loss(logp, old_logp, mask, adv, tau_pos=1.0, tau_neg=1.05):
     """
     ratio = log_ratio(logp, old_logp, mask).exp()
     adv = adv[:, None].expand_as(ratio) if adv.dim() == 1 else adv
-    tau = torch.where(adv > 0, tau_pos, tau_neg)
+    tau = torch.where(adv > 0, adv.new_tensor(tau_pos), tau_neg)                    # plain numbers would be fp32 in an fp64 check
     objective = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * adv
     return -((objective * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
 
@@ -372,25 +372,23 @@ def save_policy(lm, tokenizer, path, state=None):
     os.rename(partial, path)
 
 
-def compute_scores(checkpoint, data, temperature, micro_tokens, chunk, trust_remote_code):
-    """(log-prob, entropy) of every response token of joined rollouts, (2, sum of lengths) in nats; all ranks share the work."""
+def per_token(data, compute, micro_tokens, desc):
+    """compute(input_ids, mask) -> tensors (B, T-1), over all responses: one flat row per tensor, (rows, sum of response lengths).
+
+    No gradient. All ranks share the work and get the whole result; all must call it.
+    """
     rank, world, device = setup_ddp()
-    lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
-    bounds = data["response_offsets"]
-    values = torch.zeros(2, int(bounds[-1]), device=device)
-    mine = micro_batches(data["offsets"].diff(), micro_tokens, world)[rank]
+    bounds, flat = data["response_offsets"], None
     with torch.no_grad():
-        for indices in tqdm(mine, desc=f"scoring with {checkpoint}", disable=rank > 0, leave=False):
+        for indices in tqdm(micro_batches(data["offsets"].diff(), micro_tokens, world)[rank], desc=desc, disable=rank > 0, leave=False):
             input_ids, mask = pad_responses(data, indices, device)
-            where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
-            for row, x in zip(values, token_logps(lm, input_ids, temperature, chunk, mask)):
-                row[where.to(device)] = x[mask.bool()]
-    del lm
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+            rows = compute(input_ids, mask)
+            flat = torch.zeros(len(rows), int(bounds[-1]), device=device) if flat is None else flat
+            where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices]).to(device)
+            flat[:, where] = torch.stack([x[mask.bool()] for x in rows])
     if world > 1:
-        dist.all_reduce(values)                                                     # each token was scored by one rank
-    return values.cpu()
+        dist.all_reduce(flat)                                                       # each token was computed by one rank
+    return flat.cpu()
 
 
 def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False):
@@ -411,7 +409,12 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
         dist.broadcast(missing, 0)                          # another job may write the file while the ranks look
     if missing:
         check_tokenizer(checkpoint, data, trust_remote_code)
-        values = compute_scores(checkpoint, data, temperature, micro_tokens, chunk, trust_remote_code)
+        lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
+        values = per_token(data, lambda input_ids, mask: token_logps(lm, input_ids, temperature, chunk, mask), micro_tokens,
+                           desc=f"scoring with {checkpoint}")
+        del lm
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if rank == 0:
             write_atomic(path, lambda p: torch.save({"version": 1, "checkpoint": fingerprint, "rollouts": data["fingerprint"],
                                                      "temperature": temperature, "logp": values[0].clone(),
@@ -448,6 +451,99 @@ def find_old(rollouts, old=None):
         raise InputError(f"{path} is not the policy that wrote the rollouts "
                          f"(fingerprint {found[:12]}, theirs {wanted[:12]}): {hint}")
     return path
+
+
+# ---- PPO's first phase: values of all states, before the policy trains; never two models in memory -----------------------
+
+class ValueNetwork(nn.Module):
+    """V(s_t), the reward that is to be expected from state s_t: the policy's backbone under a scalar head (Sec. 4.1).
+
+    ours: the head starts with weight 0 and the mean reward as bias, so that the explained variance starts at 0.
+    """
+
+    def __init__(self, lm, mean_reward):
+        super().__init__()
+        self.base_model = lm.base_model                     # without the vocabulary's head: DDP would wait for its gradient
+        self.head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1, device=lm.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, mean_reward)
+
+    def forward(self, input_ids):
+        """Values (B, T-1) in fp32; position t is the state before the token input_ids[:, t + 1], as for logp."""
+        return self.head(hidden_states(self, input_ids).float())[..., 0]
+
+
+def train_values(args, rollouts, usable, rank, world, device):
+    """Fit V to the Monte-Carlo return, which is R at every token (lambda = 1, gamma = 1: Sec. 4.1), then evaluate it once.
+
+    Returns V of every response token, flat fp32 [sum of response lengths], kept in OUT/value/values.pt. Continues where it
+    was stopped, like the loop in main.
+    """
+    out, path = args.out / "value", args.out / "value" / "values.pt"
+    if not path.exists():
+        reward = rollouts["reward"]
+        lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+        lm = load_policy(args.model, device, args.checkpointing, args.trust_remote_code)
+        network = ValueNetwork(lm, reward[usable].mean().item())
+        del lm
+        optimizer = torch.optim.AdamW(network.parameters(), lr=args.value_lr, betas=(0.9, 0.999), weight_decay=0.0)
+        step = 0
+        if (out / "state.pt").exists():
+            state = torch.load(out / "state.pt", weights_only=True, map_location=device)
+            step = state["step"]
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        model = DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network
+        metrics, batches = read_metrics(out, step), step_batches(rollouts, usable, args.batch_prompts, args.seed)
+        for _ in range(step):
+            next(batches)
+        bar = tqdm(total=args.value_steps, initial=step, desc="value network", disable=rank > 0)
+        while step < args.value_steps:
+            step, start, batch = step + 1, time.time(), next(batches)
+            n_tokens = response_lengths[batch].sum().item()
+            sums = torch.zeros(3, dtype=torch.float64, device=device)               # residual, its square, reward
+            micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
+            for i, micro in enumerate(micros):
+                model.require_backward_grad_sync = i == len(micros) - 1
+                input_ids, mask = pad_responses(rollouts, batch[micro], device)
+                r = reward[batch[micro]].to(device)[:, None]
+                residual = (r - model(input_ids)) * mask                            # the return is R in every state
+                (residual.square().sum() / n_tokens * world).backward()             # DDP averages over ranks; we want the sum
+                sums += torch.stack([x.detach().double().sum() for x in (residual, residual.square(), r * mask)])
+            grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm).item()
+            if world > 1:
+                dist.all_reduce(sums)
+            stop_if_not_finite(step, sums[1].item(), grad_norm, rollouts["prompt_index"][batch])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            m = {"step": step, "loss": sums[1].item() / n_tokens, "grad_norm": grad_norm, "lr": args.value_lr, "tokens": n_tokens,
+                 "seconds": time.time() - start, "explained_variance": explained_variance(n_tokens, *sums.tolist())}
+            metrics.append(json.dumps(m) + "\n")
+            if rank == 0:
+                write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
+                bar.update()
+                if step % args.save_every == 0 and step < args.value_steps:
+                    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                    write_atomic(out / "state.pt", lambda p: torch.save(state, p))
+        bar.close()
+        values = per_token(rollouts, lambda input_ids, mask: [network(input_ids)], args.micro_tokens, desc="values")[0]
+        if rank == 0:
+            write_atomic(path, lambda p: torch.save(values, p))
+            (out / "state.pt").unlink(missing_ok=True)
+        if world > 1:
+            dist.barrier()
+    return torch.load(path, weights_only=True)
+
+
+def ppo_advantages(rollouts, usable, values):
+    """GAE of every response token, whitened over the tokens of usable responses, once: flat [sum of response lengths]."""
+    bounds, adv = rollouts["response_offsets"], torch.zeros_like(values)
+    for indices in micro_batches(rollouts["offsets"].diff(), 2 ** 22)[0]:           # wide: the loop over time is sequential
+        _, mask, v = pad_responses(rollouts, indices, "cpu", values)
+        where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
+        adv[where] = gae_advantages(v, rollouts["reward"][indices], mask)[mask.bool()]
+    seen = adv[usable.repeat_interleave(bounds.diff())].double()
+    return ((adv.double() - seen.mean()) / (seen.std(correction=0) + 1e-8)).float()
 
 
 # ---- the run: what it was started with, and where it stopped -----------------------------------------------------------
@@ -531,10 +627,22 @@ def step_metrics(sums):
     """Per-token means with the names of metrics.jsonl. kl_old_new is k3 on the rollouts, an estimate of KL(pi_old || pi)."""
     k3, entropy, clipped, ratio, pos, n_pos, neg, n_neg, res, res2, rew = sums.tolist()
     n = n_pos + n_neg
-    var_reward, var_residual = rew / n - (rew / n) ** 2, res2 / n - (res / n) ** 2
     return {"kl_old_new": k3 / n, "entropy": entropy / n, "clip_frac": clipped / n, "ratio_mean": ratio / n,
             "prob_pos": pos / n_pos if n_pos else None, "prob_neg": neg / n_neg if n_neg else None,
-            "explained_variance": 1 - var_residual / var_reward if var_reward > 0 else None}
+            "explained_variance": explained_variance(n, res, res2, rew)}
+
+
+def explained_variance(n, residual, residual2, reward):
+    """1 - Var(R - prediction) / Var(R) over n tokens, from sums over them (rewards are 0 or 1); None if R is constant."""
+    var_reward = reward / n - (reward / n) ** 2
+    return 1 - (residual2 / n - (residual / n) ** 2) / var_reward if var_reward > 0 else None
+
+
+def stop_if_not_finite(step, loss, grad_norm, prompts):
+    """A NaN or inf would spread to every weight with the next update. Also used by distill.py."""
+    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        raise RuntimeError(f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite; prompts of the batch: "
+                           f"{prompts.unique().tolist()}; the last checkpoint is intact")
 
 
 def pair_accuracy(values, reward, prompt_index):
@@ -557,11 +665,13 @@ def parse_args(argv=None):
     arg("--old", help="pi_old, if it is no longer at the path that the rollouts name")
     arg("--drop-truncated", action="store_true", help="leave out responses that hit the token limit (default: reward 0)")
     # Loss
-    arg("--loss", choices=["ce", "sapo", "grpo", "mse", "sft"], required=True, help="Sec. 4.1")
+    arg("--loss", choices=["ce", "sapo", "grpo", "ppo", "mse", "sft"], required=True, help="Sec. 4.1")
     arg("--beta", type=float, default=0.001, help="CE: weight of the log-ratio in R(y) (Sec. 4.1: 0.001 to 0.05)")
     arg("--reduce", choices=["sum", "mean"], default="sum", help="CE: over the tokens of a response (Sec. 4.1: tuned)")
     arg("--ref", choices=["old", "start"], default="old", help="CE: reference of R(y); start for an unlearned --model (Table 8)")
     arg("--negative-weight", type=float, default=1.0, help="MSE: w of Table 9")
+    arg("--value-steps", type=int, default=50, help="PPO: steps of the value network, before the policy's (VAPO: 50)")
+    arg("--value-lr", type=float, default=1e-5, help="PPO: learning rate of the value network (the paper gives none)")
     arg("--kl-coef", type=float, default=0.0, help="weight of a KL to pi_old (Fig. 6: 2)")
     arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: whole vocabulary, keeps pi_old in memory")
     # Optimization
@@ -583,7 +693,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.steps and args.epochs:
         p.error("give --steps or --epochs, not both")
-    for name in ("steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "beta", "max_grad_norm"):
+    for name in ("steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "beta", "max_grad_norm",
+                 "value_steps", "value_lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} must be positive")
     return args
@@ -617,8 +728,12 @@ def main():
                    trust_remote_code=args.trust_remote_code)
     old_logp = score(old, args.rollouts, **options)
     ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
-    adv = torch.zeros_like(reward)
+    adv = torch.zeros_like(reward)                                                  # SAPO and GRPO: one per response
     adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
+    ppo_adv = []                                                                    # PPO: one per token
+    if args.loss == "ppo":
+        values = train_values(args, rollouts, usable, rank, world, device)
+        ppo_adv = [ppo_advantages(rollouts, usable, values)]
     gap = (rollouts["sampler_logp"] - old_logp).abs().nanmean().item()              # NaN where the sampler reported none
     if rank == 0 and math.isfinite(gap):
         print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
@@ -653,8 +768,8 @@ def main():
         for i, micro in enumerate(micros):
             model.require_backward_grad_sync = i == len(micros) - 1                 # one all-reduce per step
             idx = batch[micro]
-            input_ids, mask, old_lp, ref_lp = pad_responses(rollouts, idx, device, old_logp, ref_logp)
-            r, a = reward[idx].to(device), adv[idx].to(device)
+            input_ids, mask, old_lp, ref_lp, *token_adv = pad_responses(rollouts, idx, device, old_logp, ref_logp, *ppo_adv)
+            r, a = reward[idx].to(device), token_adv[0] if token_adv else adv[idx].to(device)
             logp, entropy, exact_kl = model(input_ids, mask)
             if args.loss == "ce":
                 loss = ce_loss(logp, ref_lp, mask, r, args.beta, args.reduce) / n_responses     # Eq. 2
@@ -662,7 +777,7 @@ def main():
                 loss = mse_loss(logp, mask, r, args.negative_weight) / n_tokens                 # Eq. 10
             elif args.loss == "sapo":
                 loss = sapo_loss(logp, old_lp, mask, a) / n_responses
-            elif args.loss == "grpo":
+            elif args.loss in ("grpo", "ppo"):
                 loss = grpo_loss(logp, old_lp, mask, a) / n_tokens                              # Eq. 5
             else:
                 loss = sft_loss(logp, mask, r) / n_tokens
@@ -672,15 +787,13 @@ def main():
                 loss = loss + args.kl_coef * (kl * mask).sum() / n_tokens
             (loss * world).backward()                                               # DDP averages over ranks; we want the sum
             sums[0] += loss.detach()
-            sums[1:] += token_sums(logp, entropy, old_lp, mask, r, 2 * r - 1, 0.2, 0.28)
+            sums[1:] += token_sums(logp, entropy, old_lp, mask, r, token_adv[0] if token_adv else 2 * r - 1, 0.2, 0.28)
             implicit[micro.to(device)] = implicit_reward(logp.detach(), ref_lp, mask, args.beta, args.reduce)
         grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
         if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(implicit)
-        if not (math.isfinite(grad_norm) and math.isfinite(sums[0].item())):
-            raise RuntimeError(f"step {step}: loss {sums[0].item()} and gradient norm {grad_norm} are not finite; prompts of the "
-                               f"batch: {rollouts['prompt_index'][batch].unique().tolist()}; the last checkpoint is intact")
+        stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

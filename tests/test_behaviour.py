@@ -1,6 +1,7 @@
 """What the stages do to a policy, on a small random model."""
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -10,6 +11,10 @@ import teacher
 
 def run_here(*argv):
     assert conftest.run_here(*argv) == 0
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 FAST = ["--batch-prompts", 6, "--lr", "3e-3", "--no-checkpointing"]
@@ -22,7 +27,7 @@ def test_a_short_distillation_raises_log_probs_where_the_signal_is_positive_and_
     signal = target - old
     adv = signal - signal.mean()
     assert (new - old)[adv > 0].mean() > 0.01 and (new - old)[adv < 0].mean() < -0.01
-    metrics = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path / "s")
     assert abs(metrics[0]["ratio_mean"] - 1) < 1e-5 and metrics[0]["kl_old_new"] < 1e-6 and metrics[-1]["loss"] < metrics[0]["loss"]
     statistics = json.loads((tmp_path / "s" / "run.json").read_text())["signal"]
     assert abs(statistics["mean"] - signal.double().mean().item()) < 1e-6
@@ -34,7 +39,7 @@ def test_the_live_denominator_starts_as_the_fixed_signal_and_then_parts_from_it(
     for denominator in ("old", "live"):
         run_here("distill.py", "--student", model, "--teacher", other, "--denominator", denominator, "--rollouts", rollouts,
                             "--out", tmp_path / denominator, "--steps", 3, *FAST)
-    fixed, live = ([json.loads(line) for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("old", "live"))
+    fixed, live = (read_metrics(tmp_path / d) for d in ("old", "live"))
     assert abs(fixed[0]["loss"] - live[0]["loss"]) < 1e-6 and abs(fixed[0]["grad_norm"] - live[0]["grad_norm"]) < 1e-5
     assert abs(fixed[2]["loss"] - live[2]["loss"]) > 1e-4
 
@@ -45,7 +50,7 @@ def test_the_entropy_bonus_raises_entropy_and_the_kl_term_holds_the_student_back
     for name, extra in (("plain", []), ("entropy", ["--entropy-coef", 1.0]), ("kl", ["--kl-coef", 5.0, "--kl-kind", "exact"]),
                         ("sampled", ["--kl-coef", 5.0])):
         run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / name, "--steps", 6, *FAST, *extra)
-        last[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        last[name] = read_metrics(tmp_path / name)[-1]
     assert last["entropy"]["entropy"] > last["plain"]["entropy"] + 1e-3
     assert last["kl"]["kl_old_new"] < 0.9 * last["plain"]["kl_old_new"] and last["sampled"]["kl_old_new"] < 0.95 * last["plain"]["kl_old_new"]
 
@@ -54,7 +59,7 @@ def test_the_teachers_fit_the_rewards(tiny, tmp_path):
     model, rollouts, _ = tiny
     for loss in ("ce", "mse"):
         run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / loss, "--loss", loss, "--beta", 0.5, "--steps", 12, *FAST)
-        first, *_, last = [json.loads(line) for line in (tmp_path / loss / "metrics.jsonl").read_text().splitlines()]
+        first, *_, last = read_metrics(tmp_path / loss)
         assert last["loss"] < first["loss"]
         assert last["prob_pos"] / last["prob_neg"] > first["prob_pos"] / first["prob_neg"]
         if loss == "ce":
@@ -81,7 +86,7 @@ def test_checkpoints_load_without_our_code_and_an_interrupted_run_continues_exac
         teacher.save_step = original
     assert not (again / "final").exists() and [p.parent.name for p in again.glob("*/optimizer.pt")] == ["step-0004"]
     run_here(*command, "--out", again)
-    metrics = [[json.loads(line) for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "again")]
+    metrics = [read_metrics(tmp_path / d) for d in ("whole", "again")]
     assert [[(m["step"], m["loss"], m["grad_norm"]) for m in run] for run in metrics][0] == [(m["step"], m["loss"], m["grad_norm"]) for m in metrics[1]]
     for name in ("step-0002", "step-0004", "final"):
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / name, dtype="auto")
@@ -89,3 +94,87 @@ def test_checkpoints_load_without_our_code_and_an_interrupted_run_continues_exac
         assert ours.dtype == torch.float32
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
         assert AutoTokenizer.from_pretrained(tmp_path / "whole" / name).chat_template
+
+
+def test_ppo_learns_values_first_and_then_a_policy_from_stored_advantages(tiny, tmp_path):
+    model, rollouts, _ = tiny
+    run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "p", "--loss", "ppo", "--value-steps", 40,
+             "--value-lr", "1e-2", "--steps", 12, *FAST)
+    values = read_metrics(tmp_path / "p" / "value")
+    assert len(values) == 40 and abs(values[0]["explained_variance"]) < 1e-6        # starts as the mean reward
+    assert values[-1]["explained_variance"] > 0.5 and values[-1]["loss"] < 0.5 * values[0]["loss"]
+    data, flat = teacher.load_rollouts(rollouts), torch.load(tmp_path / "p" / "value" / "values.pt", weights_only=True)
+    reward = data["reward"].repeat_interleave(data["response_offsets"].diff())
+    assert flat[reward > 0].mean() > flat[reward == 0].mean() + 0.3
+    assert not (tmp_path / "p" / "value" / "state.pt").exists()                     # the network is not kept
+    adv = teacher.ppo_advantages(data, torch.ones_like(data["truncated"]), flat)
+    assert adv.double().mean().abs() < 1e-6 and abs(adv.double().std(correction=0) - 1) < 1e-5
+    policy = read_metrics(tmp_path / "p")
+    assert policy[-1]["loss"] < policy[0]["loss"] and policy[0]["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    old, new = (teacher.score(m, rollouts) for m in (model, tmp_path / "p" / "final"))
+    assert (new - old)[adv > 0].mean() > (new - old)[adv < 0].mean() + 0.01
+
+
+def test_a_value_network_that_was_interrupted_continues_exactly(tiny, tmp_path, monkeypatch):
+    model, rollouts, _ = tiny
+    command = ["teacher.py", "--model", model, "--rollouts", rollouts, "--loss", "ppo", "--value-steps", 7, "--value-lr", "1e-2",
+               "--steps", 1, "--save-every", 3, *FAST]
+    run_here(*command, "--out", tmp_path / "whole")
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(teacher, "per_token", dies)                                 # after the last step, before the values exist
+    teacher.score(model, rollouts)                                                  # cached, so that it is not what dies
+    assert conftest.run_here(*command, "--out", tmp_path / "again") == 1
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "again" / "value" / "state.pt", weights_only=True)["step"] == 6
+    run_here(*command, "--out", tmp_path / "again")
+    for name in ("value/values.pt",):
+        assert torch.equal(*(torch.load(tmp_path / d / name, weights_only=True) for d in ("whole", "again")))
+    losses = [[(m["step"], m["loss"]) for m in read_metrics(tmp_path / d / "value")] for d in ("whole", "again")]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+
+
+def test_one_step_at_a_time_with_the_optimizer_carried_over_is_the_same_as_two_steps(tiny, tmp_path):
+    """On-policy mode (Table 3): Adam's moments and step count go from run to run. All prompts in each batch, one order."""
+    model, rollouts, _ = tiny
+    common = ["teacher.py", "--rollouts", rollouts, "--loss", "mse", *FAST]         # MSE needs no pi_old: the data stays valid
+    run_here(*common, "--model", model, "--out", tmp_path / "two", "--steps", 2)
+    run_here(*common, "--model", model, "--out", tmp_path / "first", "--steps", 1)
+    second = [*common, "--model", tmp_path / "first" / "final", "--steps", 1]
+    run_here(*second, "--out", tmp_path / "second", "--optimizer-from", tmp_path / "first")
+    run_here(*second, "--out", tmp_path / "cold")
+    two, carried, cold = (teacher.load_lm(tmp_path / d / "final", torch.float32).state_dict() for d in ("two", "second", "cold"))
+    assert all((two[key] - carried[key]).abs().max() < 1e-6 for key in two)
+    assert any((two[key] - cold[key]).abs().max() > 1e-4 for key in two)
+
+
+def test_recovery_from_an_unlearned_checkpoint_by_ce_and_by_sft(tiny, tmp_path):
+    """Table 8, 9: with --ref start every R(y) begins at 0, so the loss at log 2; with --ref old it begins at the gap to pi_old."""
+    model, rollouts, other = tiny
+    for ref in ("start", "old"):
+        run_here("teacher.py", "--model", other, "--rollouts", rollouts, "--out", tmp_path / ref, "--loss", "ce", "--beta", 0.5, "--ref", ref,
+                 "--steps", 8, *FAST)
+    start, old = (read_metrics(tmp_path / ref) for ref in ("start", "old"))
+    assert start[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and abs(old[0]["loss"] - 0.6931) > 0.01
+    assert start[0]["kl_old_new"] == pytest.approx(old[0]["kl_old_new"]) and start[0]["kl_old_new"] > 0.01     # to pi_old in both
+    assert start[-1]["reward_pair_acc"] > 0.9
+    run_here("teacher.py", "--model", other, "--rollouts", rollouts, "--out", tmp_path / "sft", "--loss", "sft", "--steps", 8, *FAST)
+    sft = read_metrics(tmp_path / "sft")
+    assert sft[-1]["loss"] < sft[0]["loss"] and sft[-1]["prob_pos"] > sft[0]["prob_pos"] and sft[0]["prob_neg"] is None
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, tmp_path, monkeypatch, capsys):
+    model, rollouts, _ = tiny
+    honest, calls = teacher.ce_loss, []
+
+    def breaks_in_step_4(*args):
+        calls.append(1)
+        return honest(*args) * (float("nan") if len(calls) == 4 else 1)
+    monkeypatch.setattr(teacher, "ce_loss", breaks_in_step_4)
+    assert conftest.run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "n", "--loss", "ce", "--steps", 6,
+                             "--save-every", 3, "--batch-prompts", 2, "--lr", "1e-3") == 1
+    error = capsys.readouterr().err
+    assert "step 4: loss nan" in error and "prompts of the batch: [" in error and len(read_metrics(tmp_path / "n")) == 3
+    kept = teacher.load_lm(tmp_path / "n" / "step-0003", torch.float32)
+    assert all(p.isfinite().all() for p in kept.parameters()) and not (tmp_path / "n" / "final").exists()

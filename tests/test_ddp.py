@@ -6,9 +6,18 @@ import torch
 from safetensors.torch import load_file
 
 import conftest
+import distill
 import teacher
 
 COMMON = ["--steps", 3, "--batch-prompts", 3, "--lr", "1e-3", "--save-every", 2, "--no-checkpointing"]
+
+
+def run(nproc, *argv):
+    """One process in this one, which saves its start, or several under torchrun."""
+    if nproc == 1:
+        assert conftest.run_here(*argv) == 0
+    else:
+        conftest.run_script(*argv, nproc=nproc)
 
 
 def weights(folder):
@@ -19,12 +28,15 @@ def largest_gap(a, b):
     return max((x - b[key]).abs().max().item() for key, x in a.items())
 
 
-@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("loss", ["ce", "sapo", "mse", "ppo"])
 def test_two_ranks_match_one_process_in_the_teacher(tiny, tmp_path, loss):
     model, rollouts, _ = tiny
     for nproc in (1, 2):
-        conftest.run_script("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / f"{loss}{nproc}", "--loss", loss,
-                            "--beta", 0.5, "--micro-tokens", 120, *COMMON, nproc=nproc)
+        run(nproc, "teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / f"{loss}{nproc}", "--loss", loss,
+            "--beta", 0.5, "--value-steps", 4, "--value-lr", "1e-2", "--micro-tokens", 120, *COMMON)
+    if loss == "ppo":
+        values = [torch.load(tmp_path / f"ppo{n}" / "value" / "values.pt", weights_only=True) for n in (1, 2)]
+        assert (values[0] - values[1]).abs().max() < 1e-5 and values[0].std() > 0.01
     assert largest_gap(weights(tmp_path / f"{loss}1"), weights(tmp_path / f"{loss}2")) < 1e-5
     first, second = ([json.loads(line) for line in (tmp_path / f"{loss}{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
     for a, b in zip(first, second, strict=True):
@@ -35,8 +47,8 @@ def test_two_ranks_match_one_process_in_the_teacher(tiny, tmp_path, loss):
 def test_two_ranks_match_one_process_in_distillation(tiny, tmp_path):
     model, rollouts, other = tiny
     for nproc in (1, 2):
-        conftest.run_script("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / str(nproc),
-                            "--kl-coef", 0.1, "--kl-kind", "exact", "--entropy-coef", 0.01, "--micro-tokens", 120, *COMMON, nproc=nproc)
+        run(nproc, "distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / str(nproc),
+            "--kl-coef", 0.1, "--kl-kind", "exact", "--entropy-coef", 0.01, "--micro-tokens", 120, *COMMON)
     assert largest_gap(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-5
     first, second = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "12")
     for a, b in zip(first, second, strict=True):                    # Adam does not see a factor on the gradient; these do
@@ -45,30 +57,42 @@ def test_two_ranks_match_one_process_in_distillation(tiny, tmp_path):
 
 LOSSES = {
     "ce": lambda lp, old, mask, r, a, n_tok, n: teacher.ce_loss(lp, old, mask, r, 0.5) / n,
-    "sapo": lambda lp, old, mask, r, a, n_tok, n: teacher.sapo_loss(lp, old, mask, a) / n,
-    "grpo": lambda lp, old, mask, r, a, n_tok, n: teacher.grpo_loss(lp, old, mask, a) / n_tok,
+    "ce mean": lambda lp, old, mask, r, a, n_tok, n: teacher.ce_loss(lp, old, mask, r, 0.5, "mean") / n,
+    "sapo": lambda lp, old, mask, r, a, n_tok, n: teacher.sapo_loss(lp, old, mask, a[:, 0]) / n,
+    "grpo": lambda lp, old, mask, r, a, n_tok, n: teacher.grpo_loss(lp, old, mask, a[:, 0]) / n_tok,
+    "ppo": lambda lp, old, mask, r, a, n_tok, n: teacher.grpo_loss(lp, old, mask, a + old) / n_tok,        # any per-token advantage
     "mse": lambda lp, old, mask, r, a, n_tok, n: teacher.mse_loss(lp, mask, r) / n_tok,
     "sft": lambda lp, old, mask, r, a, n_tok, n: teacher.sft_loss(lp, mask, r) / n_tok,
+    "distill": lambda lp, old, mask, r, a, n_tok, n: distill.distill_loss(lp, lp, old, a - old, mask, kl_coef=0.1, entropy_coef=0.1) / n_tok,
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_any_split_into_micro_batches_gives_the_same_gradient(tiny, loss):
+def test_any_split_over_ranks_micro_batches_and_orders_gives_the_same_gradient(tiny, loss):
+    """What DDP does with several ranks is written out: each rank's loss times the world, gradients averaged over ranks."""
     model, rollouts, other = tiny
     data = teacher.load_rollouts(rollouts)
     old_logp = teacher.score(model, rollouts)
     adv = teacher.group_advantages(data["reward"], data["prompt_index"])
-    policy = teacher.Policy(teacher.load_policy(other))
+    policy = teacher.Policy(teacher.load_policy(other).double())
     lengths, n_tokens, n = data["offsets"].diff(), len(old_logp), len(adv)
-    splits = [teacher.micro_batches(lengths, budget, world) for budget, world in ((10 ** 6, 1), (200, 1), (60, 1), (200, 2), (60, 3))]
-    splits.append([[torch.tensor([i]) for i in torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()]])
+    assert len(lengths.unique()) > 8
+    splits = [teacher.micro_batches(lengths, budget, world) for budget, world in ((10 ** 6, 1), (200, 1), (60, 1), (200, 2), (60, 3), (90, 4))]
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    splits += [[[i[None] for i in shuffled]], [list(shuffled[::2].split(3)), list(shuffled[1::2].split(5))]]
     gradients = []
     for split in splits:
-        policy.zero_grad()
-        for micro in (m for rank in split for m in rank):
-            input_ids, mask, old_lp = teacher.pad_responses(data, micro, "cpu", old_logp)
-            logp, _, _ = policy(input_ids, mask)
-            LOSSES[loss](logp, old_lp, mask, data["reward"][micro], adv[micro], n_tokens, n).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        total = 0
+        for rank in split:
+            policy.zero_grad()
+            for micro in rank:
+                input_ids, mask, old_lp = (x if x.dtype == torch.long else x.double()
+                                           for x in teacher.pad_responses(data, micro, "cpu", old_logp))
+                logp, _, _ = policy(input_ids, mask)
+                a = adv[micro, None].double().expand_as(mask)
+                (LOSSES[loss](logp, old_lp, mask, data["reward"][micro].double(), a, n_tokens, n) * len(split)).backward()
+            total = total + torch.cat([p.grad.flatten() for p in policy.parameters()]) / len(split)
+        gradients.append(total)
+    assert gradients[0].norm() > 1e-4
     for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() < 1e-6 * max(1.0, gradients[0].norm().item())
+        assert (gradient - gradients[0]).norm() < 1e-6 * gradients[0].norm()

@@ -19,7 +19,6 @@ REWARD = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
 
 def test_ce_is_binary_cross_entropy_of_the_summed_log_ratio():     # Eq. 2, 3
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))                      # noqa: E731
     beta = 0.5
     by_hand = -math.log(sigmoid(beta * (0.2 - 0.4))) - math.log(1 - sigmoid(beta * 0.5))
     assert teacher.ce_loss(LOGP, OLD, MASK, REWARD, beta).item() == pytest.approx(by_hand)
@@ -96,9 +95,101 @@ def test_gae_equals_its_definition_for_each_response():
     assert (adv[mask == 0] == 0).all()
 
 
+def test_gae_of_a_response_of_one_token_is_the_reward_minus_its_value():
+    values, mask = torch.tensor([[7.0, 0.3, 7.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    torch.testing.assert_close(teacher.gae_advantages(values, torch.tensor([1.0]), mask), torch.tensor([[0.0, 0.7, 0.0]]))
+
+
+def test_groups_that_are_all_right_or_all_wrong_push_nothing():
+    adv = teacher.group_advantages(torch.tensor([1.0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert (adv == 0).all()
+    for loss in (teacher.sapo_loss, teacher.grpo_loss):
+        logp = torch.full((6, 2), -1.0, requires_grad=True)
+        loss(logp, torch.full((6, 2), -1.5), torch.ones(6, 2), adv).backward()
+        assert (logp.grad == 0).all()
+
+
+# ---- every loss again, re-derived from the papers' formulas one token at a time ------------------------------------------
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def derived_ce(rows, beta, mean):                           # d/dlogp: beta (sigmoid(R) - label), the same for every token
+    for tokens, reward in rows:
+        implicit = beta * sum(t["logp"] - t["old"] for t in tokens) / (len(tokens) if mean else 1)
+        p = sigmoid(implicit)
+        yield -math.log(p) if reward else -math.log(1 - p), [beta * (p - reward) / (len(tokens) if mean else 1)] * len(tokens)
+
+
+def derived_mse(rows, w):                                   # d/dlogp: 2 (pi - R) pi
+    for tokens, reward in rows:
+        weight, pi = 1.0 if reward else w, [math.exp(t["logp"]) for t in tokens]
+        yield sum(weight * (p - reward) ** 2 for p in pi), [2 * weight * (p - reward) * p for p in pi]
+
+
+def derived_sft(rows):
+    for tokens, reward in rows:
+        yield -sum(t["logp"] for t in tokens) * reward, [-reward] * len(tokens)
+
+
+def derived_sapo(rows):                                     # f = 4/tau sigmoid(tau (r - 1)); d/dlogp: 4 p (1 - p) r
+    for tokens, _ in rows:
+        value, slopes = 0.0, []
+        for t in tokens:
+            tau, r = 1.0 if t["adv"] > 0 else 1.05, math.exp(t["logp"] - t["old"])
+            p = sigmoid(tau * (r - 1))
+            value -= 4 / tau * p * t["adv"] / len(tokens)
+            slopes.append(-4 * p * (1 - p) * r * t["adv"] / len(tokens))
+        yield value, slopes
+
+
+def derived_clip(rows, low, high):                          # the gradient of r A, 0 once r has left the interval on A's side
+    for tokens, _ in rows:
+        value, slopes = 0.0, []
+        for t in tokens:
+            r, a = math.exp(t["logp"] - t["old"]), t["adv"]
+            stopped = r > 1 + high if a > 0 else r < 1 - low
+            value -= (1 + high if a > 0 else 1 - low) * a if stopped else r * a
+            slopes.append(0.0 if stopped else -r * a)
+        yield value, slopes
+
+
+@pytest.mark.parametrize("name", ["ce sum", "ce mean", "mse", "sft", "sapo", "grpo", "ppo", "distill"])
+def test_losses_equal_their_formulas_on_random_ragged_batches(name):
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 7, 3, 12, 2]
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).double()
+    old = -2 * torch.rand(5, 12, generator=generator, dtype=torch.float64)
+    logp = (old + torch.randn(5, 12, generator=generator, dtype=torch.float64)).requires_grad_()
+    reward = torch.tensor([1.0, 0, 0, 1, 1], dtype=torch.float64)
+    per_token = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    adv = per_token if name in ("ppo", "distill") else teacher.group_advantages(reward, torch.tensor([0, 0, 0, 1, 1]))
+    by_token = adv if adv.dim() == 2 else adv[:, None].expand(5, 12)
+    rows = [([{"logp": logp[i, t].item(), "old": old[i, t].item(), "adv": by_token[i, t].item()} for t in range(n)], reward[i].item())
+            for i, n in enumerate(lengths)]
+    loss, derived = {
+        "ce sum": lambda: (teacher.ce_loss(logp, old, mask, reward, 0.3), derived_ce(rows, 0.3, False)),
+        "ce mean": lambda: (teacher.ce_loss(logp, old, mask, reward, 0.3, "mean"), derived_ce(rows, 0.3, True)),
+        "mse": lambda: (teacher.mse_loss(logp, mask, reward, 0.5), derived_mse(rows, 0.5)),
+        "sft": lambda: (teacher.sft_loss(logp, mask, reward), derived_sft(rows)),
+        "sapo": lambda: (teacher.sapo_loss(logp, old, mask, adv), derived_sapo(rows)),
+        "grpo": lambda: (teacher.grpo_loss(logp, old, mask, adv), derived_clip(rows, 0.2, 0.28)),
+        "ppo": lambda: (teacher.grpo_loss(logp, old, mask, adv), derived_clip(rows, 0.2, 0.28)),
+        "distill": lambda: (distill.distill_loss(logp, torch.zeros_like(old), old, adv, mask, 0.2), derived_clip(rows, 0.2, 0.2))}[name]()
+    values, slopes = zip(*derived)
+    assert loss.item() == pytest.approx(sum(values), abs=1e-10)
+    loss.backward()
+    for i, n in enumerate(lengths):
+        assert logp.grad[i, :n].tolist() == pytest.approx(slopes[i], abs=1e-10)
+    assert (logp.grad[mask == 0] == 0).all()
+
+
 LOSSES = {
     "ce": lambda x: teacher.ce_loss(x, OLD, MASK, REWARD, 0.5), "mse": lambda x: teacher.mse_loss(x, MASK, REWARD),
+    "ce mean": lambda x: teacher.ce_loss(x, OLD, MASK, REWARD, 0.5, "mean"),
     "sapo": lambda x: teacher.sapo_loss(x, OLD, MASK, 2 * REWARD - 1), "grpo": lambda x: teacher.grpo_loss(x, OLD, MASK, 2 * REWARD - 1),
+    "ppo": lambda x: teacher.grpo_loss(x, OLD, MASK, t([0.4, -1.0, 3.0], [-0.2, 3.0, 3.0])),
     "sft": lambda x: teacher.sft_loss(x, MASK, REWARD),
     "distill": lambda x: distill.distill_loss(x, -x, OLD, LOGP, MASK, kl_coef=0.3, entropy_coef=0.1),
 }
