@@ -15,6 +15,12 @@ not in memory while the student trains. Which signal (Fig. 3):
                                   --rollouts runs/rollouts --out runs/student
 8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
 
+Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper approximates the constraint: the clip
+takes the gradient from tokens that have moved, and few steps do not get far. --max-kl EPS (ours) makes it real by stopping:
+after each step KL(pi || pi_old) is computed over the whole vocabulary at the states of a fixed part of the rollouts, and the
+last policy inside the budget becomes final. It follows the surrogate to the border of the trust region; it does not search
+along the border.
+
 Words and shapes: see teacher.py. Read next: evaluate.py.
 """
 import argparse
@@ -91,6 +97,22 @@ def distill_loss(logp, entropy, old_logp, adv, mask, clip=0.2, kl_coef=0.0, entr
     return -objective.masked_fill(mask == 0, 0.0).sum()
 
 
+def kl_to_old(policy, rollouts, indices, micro_tokens):
+    """Mean KL(pi || pi_old) over the whole vocabulary at the response tokens of `indices`, nats per token; all ranks share it.
+
+    Not from the old samples: their estimate misses mass that leaks to tokens that nobody sampled.
+    """
+    rank, world, device = setup_ddp()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for micro in micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world)[rank]:
+            input_ids, mask = pad_responses(rollouts, indices[micro], device)
+            total += torch.stack([policy(input_ids, mask, exact_kl=True)[2].double().sum(), mask.double().sum()])
+    if world > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
@@ -107,6 +129,7 @@ def parse_args(argv=None):
     arg("--clip", type=float, default=0.2, help="eps of Eq. 9 (the paper gives none; ours: PPO's)")
     arg("--kl-coef", type=float, default=0.0, help="weight of the KL to pi_old (Table 5: 0.001 to 0.2)")
     arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: whole vocabulary, keeps pi_old in memory")
+    arg("--max-kl", type=float, help="stop before KL(pi || pi_old) passes this, nats per token (ours: Eq. 7); keeps pi_old in memory")
     arg("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus (Table 6b: 0.5)")
     # Optimization
     arg("--steps", type=int, default=10, help="10 when iterating rounds (Table 2); 16 or 32 for one round (Sec. 4.1)")
@@ -125,8 +148,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
         p.error(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two different policies")
-    for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm"):
-        if getattr(args, name) <= 0:
+    for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm", "max_kl"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name.replace('_', '-')} must be positive")
     return args
 
@@ -180,8 +203,8 @@ def main():
     # ---- the one model that trains ---------------------------------------------------------------------------------------
     step, save = newest_save(args.out)
     lm = load_policy(save or args.student, device, args.checkpointing, args.trust_remote_code)
-    exact = args.kl_coef and args.kl_kind == "exact"                                # the one case with two models in memory
-    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact else None
+    exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # this and --max-kl: two models in memory
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact or args.max_kl else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
@@ -189,6 +212,9 @@ def main():
         state = torch.load(save / "optimizer.pt", weights_only=True, map_location=device)
         optimizer.load_state_dict(state["optimizer"])
     metrics = read_metrics(args.out, step)
+    kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # --max-kl: one batch, always the same
+    if args.max_kl and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens)) > args.max_kl:
+        raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g} before the first step")
 
     # ---- training loop ---------------------------------------------------------------------------------------------------
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
@@ -205,7 +231,7 @@ def main():
             idx = batch[micro]
             input_ids, mask, old_lp, teacher_lp, a_hat = pad_responses(rollouts, idx, device, old_logp, teacher_logp, adv)
             reward = rollouts["reward"][idx].to(device)
-            logp, entropy, exact_kl = model(input_ids, mask)
+            logp, entropy, exact_kl = model(input_ids, mask, exact)
             if args.denominator == "live":                                          # Fig. 7: follows the student, detached
                 live = mask_signal(teacher_lp - logp.detach(), reward[:, None] > 0, args.positive_signal)
                 a_hat = (live - mean.item()) / (std.item() + 1e-8) * mask
@@ -218,21 +244,29 @@ def main():
         if world > 1:
             dist.all_reduce(sums)
         stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
+        inside = {k: v.to("cpu", copy=True) for k, v in lm.state_dict().items()} if args.max_kl else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        kl = kl_to_old(policy, rollouts, kl_states, args.micro_tokens) if args.max_kl else None
+        if args.max_kl and kl > args.max_kl:                                        # Eq. 7: back into the trust region, and done
+            lm.load_state_dict(inside)
+            if rank == 0:
+                bar.write(f"step {step:03d} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: final is step {step - 1}")
+            step -= 1
+            break
 
         # ---- metrics and saving ------------------------------------------------------------------------------------------
         seconds = time.time() - start
         m = {"step": step, "loss": sums[0].item(), "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
              "tok_per_s": n_tokens / seconds, "seconds": seconds,
              "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
-             **step_metrics(sums[1:]), "signal_mean": mean.item(), "signal_std": std.item()}
+             **step_metrics(sums[1:]), "signal_mean": mean.item(), "signal_std": std.item(), "kl_new_old": kl}
         metrics.append(json.dumps(m) + "\n")
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
             bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
-                      f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+                      + (f"kl(new,old) {kl:.4f} | " if args.max_kl else "") + f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
             if step % args.save_every == 0:
                 save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
     if rank == 0:

@@ -5,6 +5,8 @@ Measure a policy: AVG@K with its standard error, and the reverse KL to the base 
     KL    = mean over tokens sampled from pi of log pi(a|s) - log pi_base(a|s), in nats per token
 
     python evaluate.py --model runs/student/final --base M --data hmmt=hmmt.jsonl:32 --out runs/results.jsonl
+    python evaluate.py --pick hmmt --model A B C --out runs/results.jsonl    # the most accurate of evaluated checkpoints
+    python evaluate.py --movement runs/student   # which tokens a student moved, against its teacher (Fig. 7)
     python evaluate.py --report runs/demo        # runs/demo/report.md and figures/*.png, from what the runs wrote
 
 Samples are ordinary rollout shards beside the results, so an interrupted evaluation continues, and anyone can look at what
@@ -28,9 +30,9 @@ import torch.distributed as dist
 import transformers
 
 from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, load_prompts, load_shards, load_tokenizer,
-                     resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic)
+                     resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic, write_json)
 from rollout import parse_args as parse_rollout_args
-from teacher import load_rollouts, score, setup_ddp
+from teacher import find_old, load_rollouts, score, setup_ddp
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -98,7 +100,8 @@ def evaluate(model, benchmark, args, pool, rank, world):
     if any(all(row.get(key) == value for key, value in wanted.items()) for row in read_results(args.out)):
         return None
 
-    settings = hashlib.sha256(json.dumps([file, wanted], default=str).encode()).hexdigest()[:8]
+    sampling = {key: value for key, value in wanted.items() if key not in ("model", "base")}      # copies share their samples
+    settings = hashlib.sha256(json.dumps([file, sampling], default=str).encode()).hexdigest()[:8]
     folder = args.out.parent / "samples" / name / f"{fingerprint[:16]}-{settings}"
     rollout_args = parse_rollout_args([
         "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", "0", "--n", str(k), "--top-k", str(top_k),
@@ -133,6 +136,52 @@ def evaluate(model, benchmark, args, pool, rank, world):
                                                    meta["engine"]: meta["engine_version"]}, "seconds": time.time() - start}
 
 
+def pick(path, benchmark, models, margin=0.0):
+    """The most accurate of `models` by their rows in results.jsonl; the first, unless another leads it by `margin` standard errors."""
+    rows = {row["model"]: row for row in read_results(path) if row["benchmark"] == benchmark}
+    missing = [model for model in models if model not in rows]
+    if missing:
+        raise InputError(f"{path} has no row of {', '.join(missing)} on {benchmark}: evaluate it first")
+    first, best = rows[models[0]], max((rows[model] for model in models), key=lambda row: row["avg_at_k"])
+    clear = best["avg_at_k"] - first["avg_at_k"] > margin * math.hypot(best["se"], first["se"])
+    return best["model"] if clear else models[0]
+
+
+def movement(student, teacher, old):
+    """How far the student moved each response token against how far the teacher did (Fig. 7): log-probs [N] -> a dict of lists.
+
+    Tokens are binned by |log pi_teacher - log pi_old|, in nats; per bin their number, the mean distance of teacher and
+    student, and the share that the student moved the same way.
+    """
+    far, near = (teacher - old).double(), (student - old).double()
+    edges = torch.logspace(-4, 1, 26, dtype=torch.float64)
+    where = torch.bucketize(far.abs(), edges)               # 0: less than the first edge, which is noise of the forward pass
+    count = torch.bincount(where, minlength=len(edges) + 1)
+    teacher_mean, student_mean, same = (torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, where, x) / count
+                                        for x in (far.abs(), near.abs(), (far * near > 0).double()))
+    seen = count > 0
+    return {"count": count[seen].tolist(), "teacher": teacher_mean[seen].tolist(), "student": student_mean[seen].tolist(),
+            "same_direction": same[seen].tolist(), "ratio": (near.abs().mean() / far.abs().mean()).item()}
+
+
+def add_movement(run):
+    """Score a finished run of distill.py on its rollouts, and keep the comparison with its teacher in its run.json."""
+    path = run / "run.json"
+    if not (run / "final").is_dir() or not path.is_file():
+        raise InputError(f"{run} is not a finished run of distill.py: it needs run.json and final/")
+    info = json.loads(path.read_text())
+    args = info["args"]
+    if "teacher" not in args or args["teacher"] in ("none", "old"):
+        raise InputError(f"{run} has no teacher checkpoint to compare its student with")
+    if "movement" in info:
+        return
+    options = dict(temperature=args["logp_temperature"], micro_tokens=args["micro_tokens"], trust_remote_code=args["trust_remote_code"])
+    old = find_old(load_rollouts(args["rollouts"]), args["old"])
+    student, teacher, old = (score(policy, args["rollouts"], **options) for policy in (run / "final", args["teacher"], old))
+    if setup_ddp()[0] == 0:
+        write_json(path, info | {"movement": movement(student, teacher, old)})
+
+
 # ---- the report: read from run.json, metrics.jsonl and results.jsonl, and nothing else -----------------------------------
 
 COLOURS = {"base": "#444444", "teacher": "#d1603d", "student": "#1f6f8b", "control": "#8a8a8a", "mse": "#7a5195",
@@ -157,7 +206,7 @@ def read_runs(folder, rows, benchmark):
         for row in evaluated:
             parent, _, name = row["model"].rpartition("/")
             if f"/{parent}".endswith(f"/{where}"):          # rows name checkpoints relative to where evaluate.py was run
-                path.append((int(name[5:]) if name.startswith("step-") else metrics[-1]["step"], row))
+                path.append((int(name[5:]) if name.startswith("step-") else metrics[-1]["step"] if metrics else 0, row))
         runs.setdefault(where[seed.end():] if seed else where, {})[seed[1] if seed else "0"] = {
             "info": json.loads(file.read_text()), "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
     return runs
@@ -317,6 +366,56 @@ def findings(runs, base_row):
     return "\n".join(lines) + "\n"
 
 
+PAPER_TABLE1 = {"ce": ("72.9", "76.7"), "sapo": ("69.9", "76.2"), "grpo": ("69.0", "73.6"), "ppo": ("68.1", "73.9"), "mse": ("36.4", "37.1")}
+
+
+def best_steps(seeds):
+    """{seed: (step, row)} of the most accurate checkpoint of each run's path, the earliest of equals."""
+    return {seed: max(run["path"], key=lambda pair: (pair[1]["avg_at_k"], -pair[0])) for seed, run in seeds.items() if run["path"]}
+
+
+def losses_section(plt, validation, test, base_row, path):
+    """Teacher losses on the same rollouts: each run's best checkpoint on validation, and what it is worth on test (Table 1)."""
+    lines, on_test = [["base", "-", "-", "0", f"{base_row['avg_at_k']:.3f}", "-", "68.5", "72.5"]], {}
+    for loss in [name for name in PAPER_TABLE1 if name in validation]:
+        best = best_steps(validation[loss])
+        chosen = {seed: dict(test[loss][seed]["path"])[step] for seed, (step, _) in best.items()}
+        on_test[loss] = {seed: row["avg_at_k"] for seed, row in chosen.items()}
+        lines.append([loss.upper(), cell(row["avg_at_k"] for _, row in best.values()), ", ".join(str(step) for step, _ in best.values()),
+                      cell((row["kl"] for _, row in best.values()), 4), cell(on_test[loss].values()),
+                      cell(row["avg_at_k"] for row in last_rows(test[loss]).values()), *PAPER_TABLE1[loss]])
+    order = sorted(on_test, key=lambda loss: -statistics.fmean(on_test[loss].values()))
+    gaps = []
+    for better, worse in itertools.pairwise(order):
+        mean, se = mean_se(on_test[better][seed] - on_test[worse][seed] for seed in on_test[better] if seed in on_test[worse])
+        gaps.append(f"{better.upper()} over {worse.upper()} {100 * mean:+.1f}" + (f" ± {100 * se:.1f}" if se is not None else ""))
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    for colour, loss in zip(("#1f6f8b", "#d1603d", "#3a9d5d", "#7a5195", "#8a8a8a"), on_test):
+        by_step = rows_by_step(test[loss])
+        accuracy, se = zip(*[accuracy_and_se(rows) for rows in by_step.values()])
+        kl = [statistics.fmean(row["kl"] for row in rows) for rows in by_step.values()]
+        for axes, x, start in ((panels[0], list(by_step), 0), (panels[1], kl, 1e-3)):
+            axes.errorbar(x, accuracy, yerr=se, fmt="o-", markersize=3, linewidth=1.2, capsize=2, color=colour, label=loss.upper())
+    for axes, label in zip(panels, ("optimizer step", "reverse KL to the base (nats per token, log scale)")):
+        axes.axhline(base_row["avg_at_k"], color=COLOURS["base"], linestyle=":", label="base")
+        axes.set(xlabel=label, ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
+        axes.grid(alpha=0.25)
+    panels[1].set_xscale("log")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return ["## Teacher losses on the same rollouts (Table 1)\n",
+            "The checkpoint is picked on validation, one per seed; validation accuracy is therefore a maximum and flatters, test is not. The last "
+            "two columns are **the paper's** averages over five benchmarks with its own models, for the order only.\n",
+            markdown_table(["loss", "best validation AVG@K", "at step (by seed)", "KL there (nats/token)", "test AVG@K there", "test AVG@K, last step",
+                            "paper: Qwen3-4B", "paper: NBG4-3B"], lines),
+            f"Order on test: {' > '.join(loss.upper() for loss in order)} (points, ± standard error over seeds: {', '.join(gaps)}). The paper's order: "
+            + "; ".join(" > ".join(loss.upper() for loss in sorted(PAPER_TABLE1, key=lambda loss: -float(PAPER_TABLE1[loss][i]))) + f" ({name})"
+                        for i, name in enumerate(("Qwen3-4B", "NBG4-3B"))) + ".\n", f"![losses](figures/{path.name})\n"]
+
+
 def report(folder):
     """Write FOLDER/report.md and FOLDER/figures/*.png; print the table of rounds."""
     import matplotlib
@@ -334,14 +433,17 @@ def report(folder):
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     (folder / "figures").mkdir(exist_ok=True)
 
-    table = rounds_table(runs, base_row)
-    figure_kl(plt, runs, base_row, folder / "figures" / "kl.png")
     text = [f"# Extreme Region Policy Distillation: report of {folder.name}\n",
             f"Benchmark `{benchmark}`: {base_row['n_problems']} problems x {base_row['k']} samples at temperature "
             f"{base_row['temperature']:g}, top-p {base_row['top_p']:g}; {len(seeds)} seed(s) of rollouts and training "
             f"({', '.join(seeds)}). With several seeds, ± is the standard error over seeds; *sampling s.e.* is the part that comes from "
-            "drawing K responses to fixed problems. KL is the reverse KL to the base, on samples of the evaluated policy.\n",
-            "## Rounds\n", table, findings(runs, base_row), "![accuracy against KL](figures/kl.png)\n"]
+            "drawing K responses to fixed problems. KL is the reverse KL to the base, on samples of the evaluated policy.\n"]
+    if any(label.startswith("round") for label in runs):
+        figure_kl(plt, runs, base_row, folder / "figures" / "kl.png")
+        text += ["## Rounds\n", rounds_table(runs, base_row), findings(runs, base_row), "![accuracy against KL](figures/kl.png)\n"]
+    if set(runs) & set(PAPER_TABLE1):
+        text += losses_section(plt, read_runs(folder, rows, "validation"), runs, base_row, folder / "figures" / "losses.png")
+    summary = "\n".join(line for line in text[1:] if not line.startswith(("#", "!")))
     for label, name, heading in (("round1/teacher", "teacher", "The first teacher: many off-policy steps on one fixed batch (Fig. 4)"),
                                  ("mse/teacher", "mse", "Weak to strong: an MSE teacher and its unlearned checkpoint (Sec. 3.4, Fig. 5)")):
         if label not in runs:
@@ -361,7 +463,7 @@ def report(folder):
     text += ["## Settings and training time (first seed)\n", markdown_table(
         ["run", "script", "loss", "beta", "lr", "prompts per step", "KL weight", "KL kind", "steps", "seconds"], settings)]
     write_atomic(folder / "report.md", lambda p: p.write_text("\n".join(text)))
-    print(f"\n{benchmark}: {base_row['n_problems']} problems x {base_row['k']} samples, {len(seeds)} seed(s)\n\n{table}\n{findings(runs, base_row)}")
+    print(f"\n{summary}")
     print(f"report: {folder / 'report.md'}   figures: {folder / 'figures'}")
 
 
@@ -369,6 +471,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     arg("--report", type=Path, metavar="RUNDIR", help="write RUNDIR/report.md and figures from finished runs, measure nothing")
+    arg("--movement", nargs="+", type=Path, metavar="RUN", help="runs of distill.py: which tokens moved (Fig. 7), into their run.json")
+    arg("--pick", metavar="BENCHMARK", help="print the best of --model by the rows in --out; measure nothing")
+    arg("--margin", type=float, default=0.0, help="with --pick: keep the first unless another leads by so many standard errors")
     # What is measured
     arg("--model", nargs="+", help="checkpoints to evaluate, one after the other")
     arg("--base", help="policy that the KL is measured to; without it there is no KL")
@@ -390,8 +495,8 @@ def parse_args(argv=None):
     arg("--workers", type=int, default=2, help="grading processes")
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = p.parse_args(argv)
-    if not args.report and not (args.model and args.data):
-        p.error("give --report RUNDIR, or --model and --data")
+    if not args.report and not args.movement and not (args.model and (args.data or args.pick)):
+        p.error("give --model and --data, or --model and --pick, --movement RUN, or --report RUNDIR")
     return args
 
 
@@ -401,6 +506,12 @@ def main():
         if not args.report.is_dir():
             raise InputError(f"{args.report} is not a folder: give the one that holds results.jsonl")
         return report(args.report)
+    if args.pick:
+        return print(pick(args.out, args.pick, args.model, args.margin))
+    if args.movement:
+        for run in args.movement:
+            add_movement(run)
+        return None
     benchmarks = [parse_benchmark(text, args.k) for text in args.data]
     for _, file, _ in benchmarks:
         load_prompts(file)                                  # a wrong path stops before any model is loaded

@@ -2,6 +2,7 @@
 # Extreme Region Policy Distillation, from one command.
 #
 #   ./run_rounds.sh          the whole method on the demonstration world, CPU is enough; ends with runs/demo/report.md
+#   ./run_rounds.sh table1   what each teacher loss extracts from one batch of rollouts (demonstration world, 3 seeds)
 #   ./run_rounds.sh test     the tests
 #   ./run_rounds.sh help     this text
 #
@@ -10,9 +11,10 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-SEEDS=${SEEDS:-0}                     # seeds of rollouts and training; the base is the same for all
+SEEDS=${SEEDS:-}                      # seeds of rollouts and training, 0 for the demonstration; the base is the same for all
 ROUNDS=${ROUNDS:-3}
 OUT=${OUT:-runs/demo}
+TABLES=${TABLES:-runs/tables}
 NPROC=${NPROC:-1}                     # processes per stage; on a machine with GPUs one per GPU
 
 # Sizes of the demonstration world, chosen on its validation prompts. The paper's sizes are the defaults of the scripts.
@@ -40,14 +42,14 @@ step() {                              # step OUTPUT COMMAND...   print the comma
   "$@"
 }
 
-evaluate() {                          # evaluate CHECKPOINT...   those that results.jsonl does not have yet
-  local missing="" checkpoint
+evaluate() {                          # evaluate CHECKPOINT...   those that RESULTS does not have yet
+  local missing="" checkpoint results=${RESULTS:-$OUT/results.jsonl}
   for checkpoint in "$@"; do
-    if [ -n "${DRY_RUN:-}" ] || ! grep -qs "\"model\": \"$checkpoint\".*\"benchmark\": \"test\"" "$OUT/results.jsonl"; then missing="$missing $checkpoint"; fi
+    if [ -n "${DRY_RUN:-}" ] || ! grep -qs "\"model\": \"$checkpoint\".*\"benchmark\": \"test\"" "$results"; then missing="$missing $checkpoint"; fi
   done
   if [ -z "$missing" ]; then return; fi
-  step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$OUT/results.jsonl" \
-    --data "validation=$OUT/prompts/validation.jsonl:2" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
+  step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$results" \
+    --data "validation=$OUT/prompts/validation.jsonl:${VALIDATION_K:-2}" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
 }
 
 checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths that a training run saves
@@ -75,7 +77,7 @@ demo() {
   step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
 
   local seed round dir policy control single data
-  for seed in $SEEDS; do
+  for seed in ${SEEDS:-0}; do
     policy=$OUT/base
     control=$OUT/base
     for ((round = 1; round <= ROUNDS; round++)); do
@@ -117,14 +119,44 @@ demo() {
       --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 0.1 --kl-kind exact $TRAIN
     evaluate "$dir/teacher/step-0010" "$dir/teacher/final" "$dir/student/final"
   done
-  if [ -n "${DRY_RUN:-}" ] || [ ! -e "$OUT/report.md" ] || [ "$OUT/results.jsonl" -nt "$OUT/report.md" ]; then
-    step "" python evaluate.py --report "$OUT"
+  report "$OUT"
+}
+
+table1() {                            # Table 1: what each loss extracts from the same rollouts; learning rates chosen on validation
+  local seed data out=$TABLES/table1 s
+  local RESULTS=$out/results.jsonl VALIDATION_K=8 K=8
+  step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
+  evaluate "$OUT/base"
+  for seed in ${SEEDS:-0 1 2}; do
+    data=$OUT/seed$seed/round1/rollouts                        # the demonstration's first rollouts
+    step "$data/rollouts.json" $PY rollout.py --model "$OUT/base" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
+      --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + 1))" $SAMPLE
+    s=$out/seed$seed
+    loss ce   --beta 0.5 --lr 3e-4                             # paper: 72.9 Qwen3-4B, 76.7 NBG4-3B, averages of five benchmarks
+    loss sapo --lr 1e-4                                        # paper: 69.9, 76.2
+    loss grpo --lr 3e-4                                        # paper: 69.0, 73.6
+    loss ppo  --lr 2e-4 --value-steps 100 --value-lr 1e-3      # paper: 68.1, 73.9
+    loss mse  --lr 1e-4                                        # paper: 36.4, 37.1
+  done
+  report "$out"
+}
+
+loss() {                              # loss NAME FLAGS...   one teacher of table1, with its path
+  step "$s/$1/final" $PY teacher.py --model "$OUT/base" --rollouts "$data" --out "$s/$1" --seed "$seed" --loss "$@" \
+    --batch-prompts 32 --steps 96 --save-every 4 $TRAIN
+  evaluate "$s/$1/step-0004" "$s/$1/step-0008" $(checkpoints "$s/$1" 96 16)
+}
+
+report() {                            # report FOLDER   anew if there are new results
+  if [ -n "${DRY_RUN:-}" ] || [ ! -e "$1/report.md" ] || [ "$1/results.jsonl" -nt "$1/report.md" ]; then
+    step "" python evaluate.py --report "$1"
   fi
-  echo "report: $OUT/report.md"
+  echo "report: $1/report.md"
 }
 
 case "${1:-demo}" in
   demo) [ -n "${DRY_RUN:-}" ] || setup; demo ;;
+  table1) [ -n "${DRY_RUN:-}" ] || setup; table1 ;;
   test) [ -n "${DRY_RUN:-}" ] || setup; step "" python -m pytest tests -q "${@:2}" ;;
   help|-h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
   *) echo "run_rounds.sh: unknown command '$1'; try ./run_rounds.sh help" >&2; exit 2 ;;

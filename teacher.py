@@ -167,9 +167,9 @@ class Policy(nn.Module):
         self.lm, self.temperature, self.chunk = lm, temperature, chunk
         self.old_lm = old_lm.requires_grad_(False).eval() if old_lm is not None else None
 
-    def forward(self, input_ids, mask):
-        """(logp, entropy, exact KL to pi_old or None), each (B, T-1) and 0 outside the mask."""
-        if self.old_lm is None:
+    def forward(self, input_ids, mask, exact_kl=False):
+        """(logp, entropy, exact KL to pi_old if asked for, else None), each (B, T-1) and 0 outside the mask."""
+        if not exact_kl:
             return *token_logps(self.lm, input_ids, self.temperature, self.chunk, mask), None
         keep = mask.bool()
         hidden, weight = hidden_states(self.lm, input_ids)[keep], self.lm.get_output_embeddings().weight
@@ -732,14 +732,17 @@ def main():
     adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
     ppo_adv = []                                                                    # PPO: one per token
     if args.loss == "ppo":
-        values = train_values(args, rollouts, usable, rank, world, device)
+        values, returns = train_values(args, rollouts, usable, rank, world, device), reward.repeat_interleave(rollouts["response_offsets"].diff())
+        value_variance = 1 - ((returns - values).double().var() / returns.double().var()).item()
+        if rank == 0:
+            print(f"values: explained variance {value_variance:.3f}")
         ppo_adv = [ppo_advantages(rollouts, usable, values)]
     gap = (rollouts["sampler_logp"] - old_logp).abs().nanmean().item()              # NaN where the sampler reported none
     if rank == 0 and math.isfinite(gap):
         print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
     step, save = newest_save(args.out)
     lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
-    exact = args.kl_coef and args.kl_kind == "exact"                                # the one case with two models in memory
+    exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # the one case with two models in memory
     old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
     model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
@@ -770,7 +773,7 @@ def main():
             idx = batch[micro]
             input_ids, mask, old_lp, ref_lp, *token_adv = pad_responses(rollouts, idx, device, old_logp, ref_logp, *ppo_adv)
             r, a = reward[idx].to(device), token_adv[0] if token_adv else adv[idx].to(device)
-            logp, entropy, exact_kl = model(input_ids, mask)
+            logp, entropy, exact_kl = model(input_ids, mask, exact)
             if args.loss == "ce":
                 loss = ce_loss(logp, ref_lp, mask, r, args.beta, args.reduce) / n_responses     # Eq. 2
             elif args.loss == "mse":
@@ -807,6 +810,8 @@ def main():
             sign_right = (implicit.cpu() > 0) == (reward[batch] > 0)
             m |= {"reward_acc": sign_right.float().mean().item(),
                   "reward_pair_acc": pair_accuracy(implicit.cpu(), reward[batch], rollouts["prompt_index"][batch])}
+        if args.loss == "ppo":
+            m["explained_variance"] = value_variance                                # of V, not of pi(a|s) as an estimate of R
         metrics.append(json.dumps(m) + "\n")
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))

@@ -1,4 +1,5 @@
 """What the stages do to a policy, on a small random model."""
+import gc
 import json
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import conftest
+import distill
+import evaluate
+import rollout
 import teacher
 
 
@@ -102,6 +106,7 @@ def test_ppo_learns_values_first_and_then_a_policy_from_stored_advantages(tiny, 
              "--value-lr", "1e-2", "--steps", 12, *FAST)
     values = read_metrics(tmp_path / "p" / "value")
     assert len(values) == 40 and abs(values[0]["explained_variance"]) < 1e-6        # starts as the mean reward
+    assert read_metrics(tmp_path / "p")[0]["explained_variance"] > 0.5
     assert values[-1]["explained_variance"] > 0.5 and values[-1]["loss"] < 0.5 * values[0]["loss"]
     data, flat = teacher.load_rollouts(rollouts), torch.load(tmp_path / "p" / "value" / "values.pt", weights_only=True)
     reward = data["reward"].repeat_interleave(data["response_offsets"].diff())
@@ -178,3 +183,126 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, tmp_pat
     assert "step 4: loss nan" in error and "prompts of the batch: [" in error and len(read_metrics(tmp_path / "n")) == 3
     kept = teacher.load_lm(tmp_path / "n" / "step-0003", torch.float32)
     assert all(p.isfinite().all() for p in kept.parameters()) and not (tmp_path / "n" / "final").exists()
+
+
+def test_max_kl_ends_with_the_last_policy_inside_the_budget(tiny, tmp_path, capsys):
+    model, rollouts, other = tiny
+    command = ["distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--steps", 12, "--save-every", 2, *FAST]
+    run_here(*command, "--out", tmp_path / "free")
+    run_here(*command, "--out", tmp_path / "wide", "--max-kl", 100)
+    run_here(*command, "--out", tmp_path / "tight", "--max-kl", 0.045)
+    kls = [m["kl_new_old"] for m in read_metrics(tmp_path / "tight")]
+    wide = [m["kl_new_old"] for m in read_metrics(tmp_path / "wide")]
+    assert 0 < len(kls) < 12 and len(wide) == 12 and kls == wide[:len(kls)] and max(kls) <= 0.045 < wide[len(kls)]
+    policy = teacher.Policy(teacher.load_policy(tmp_path / "tight" / "final"), old_lm=teacher.load_policy(model))
+    data = teacher.load_rollouts(rollouts)
+    measured = distill.kl_to_old(policy, data, torch.arange(len(data["reward"])), 4096)
+    assert measured == pytest.approx(kls[-1], rel=1e-4)     # all prompts fit into the batch that is measured
+    weights = [teacher.load_lm(tmp_path / d / "final", torch.float32).state_dict() for d in ("free", "wide")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])     # measuring changes nothing
+    capsys.readouterr()
+    assert conftest.run_here(*command, "--student", other, "--teacher", model, "--out", tmp_path / "beyond", "--max-kl", 0.001) == 2
+    assert "beyond --max-kl" in capsys.readouterr().err
+    run_here(*command, "--out", tmp_path / "none", "--max-kl", 1e-9)                    # not even one step fits
+    start, final = (teacher.load_lm(p, torch.float32).state_dict() for p in (model, tmp_path / "none" / "final"))
+    assert all(torch.equal(start[key], final[key]) for key in start)
+
+
+def alive_parameters():
+    """Numbers in all parameters that exist now, shared storage counted once."""
+    seen = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.nn.Parameter:
+            seen[thing.untyped_storage().data_ptr()] = thing.numel()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("extra, models", [([], 1), (["--denominator", "live"], 1), (["--kl-coef", 1.0], 1),
+                                           (["--kl-coef", 1.0, "--kl-kind", "exact"], 2), (["--max-kl", 1.0], 2)])
+def test_only_one_set_of_weights_is_alive_while_the_student_trains(tiny, tmp_path, monkeypatch, extra, models):
+    model, rollouts, other = tiny
+    gc.collect()
+    before, counts, loss = alive_parameters(), [], distill.distill_loss
+
+    def counting(*args):
+        counts.append(alive_parameters() - before)
+        return loss(*args)
+    monkeypatch.setattr(distill, "distill_loss", counting)
+    run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / "s", "--steps", 2, *FAST, *extra)
+    one = sum(p.numel() for p in teacher.load_policy(model).parameters())
+    assert counts and set(counts) == {models * one}
+
+
+def test_a_second_run_reads_the_scores_of_the_first(tiny, tmp_path, monkeypatch):
+    model, rollouts, other = tiny
+    command = ["distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--steps", 1, *FAST]
+    run_here(*command, "--out", tmp_path / "first")
+
+    def scores_again(*_, **__):
+        raise AssertionError("scored a second time")
+    monkeypatch.setattr(teacher, "per_token", scores_again)
+    run_here(*command, "--out", tmp_path / "second", "--clip", 0.1)
+
+
+def test_the_mask_of_table_12_comes_before_whitening_and_shard_boundaries_change_nothing(tiny, tmp_path, monkeypatch):
+    model, _, other = tiny
+    whiten, seen = distill.whiten, []
+
+    def watched(signal, mask):
+        seen.append((signal, whiten(signal, mask)))
+        return seen[-1][1]
+    monkeypatch.setattr(distill, "whiten", watched)
+    for shard_prompts in (1, 4, 6):
+        folder = conftest.make_rollouts(tmp_path / f"r{shard_prompts}", model, shard_prompts=6)
+        if shard_prompts < 6:                               # the same responses, cut elsewhere
+            folder = resharded(folder, tmp_path / f"cut{shard_prompts}", shard_prompts)
+        run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", folder, "--positive-signal", "min0",
+                 "--out", tmp_path / f"s{shard_prompts}", "--steps", 1, *FAST)
+    data = teacher.load_rollouts(tmp_path / "r6")
+    positive = (data["reward"] > 0).repeat_interleave(data["response_offsets"].diff())
+    raw, white = seen[-1]
+    assert (raw[positive] <= 0).all() and (white[positive] > 0).any()                   # whitening moved the zero
+    assert abs(white.double().mean()) < 1e-6 and abs(white.double().std(correction=0) - 1) < 1e-5
+    assert all(torch.equal(white, other_cut) for _, other_cut in seen)
+    finals = [teacher.load_lm(tmp_path / f"s{n}" / "final", torch.float32).state_dict() for n in (1, 4, 6)]
+    assert all(torch.equal(finals[0][key], final[key]) for final in finals for key in final)
+
+
+def resharded(folder, out, shard_prompts, n=4):
+    """A copy of one-shard rollouts with `shard_prompts` prompts per shard."""
+    (whole,) = rollout.load_shards(folder)
+    out.mkdir()
+    total = len(whole["reward"])
+    starts = range(0, total, shard_prompts * n)
+    responses = (whole["offsets"].diff() - whole["prompt_len"]).long()
+    for number, a in enumerate(starts):
+        b = min(a + shard_prompts * n, total)
+        first, last = whole["offsets"][a], whole["offsets"][b]
+        part = {key: whole[key][a:b] for key in ("prompt_len", "prompt_index", "reward", "truncated")}
+        part |= {"version": 1, "input_ids": whole["input_ids"][first:last], "offsets": whole["offsets"][a:b + 1] - first,
+                 "sampler_logp": whole["sampler_logp"][responses[:a].sum():responses[:b].sum()],
+                 "meta": whole["meta"] | {"shards": len(starts)}}
+        torch.save({key: value.clone() if torch.is_tensor(value) else value for key, value in part.items()}, out / f"shard-{number:05d}.pt")
+    return out
+
+
+def test_movement_bins_every_token_by_how_far_the_teacher_went(tiny, tmp_path):
+    old, teacher_logp = torch.zeros(6), torch.tensor([0.5, 0.5, -0.5, 3.0, -3.0, 0.0])
+    student = torch.tensor([0.1, 0.3, 0.2, 1.5, -1.5, 0.0])
+    found = evaluate.movement(student, teacher_logp, old)
+    assert found["count"] == [1, 3, 2] and found["teacher"] == pytest.approx([0, 0.5, 3]) and found["student"] == pytest.approx([0, 0.2, 1.5])
+    assert found["same_direction"] == pytest.approx([0, 2 / 3, 1]) and found["ratio"] == pytest.approx(3.6 / 7.5)
+    model, rollouts, other = tiny
+    run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / "s", "--steps", 4, *FAST)
+    run_here("evaluate.py", "--movement", tmp_path / "s")
+    kept = json.loads((tmp_path / "s" / "run.json").read_text())["movement"]
+    assert sum(kept["count"]) == len(teacher.score(model, rollouts)) and kept["ratio"] > 0
+
+
+def test_pick_takes_the_best_on_a_benchmark_and_keeps_the_first_unless_the_lead_is_clear(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps({"model": m, "benchmark": b, "avg_at_k": a, "se": 0.02}) + "\n"
+                            for m, b, a in (("A", "val", 0.5), ("B", "val", 0.54), ("C", "val", 0.58), ("A", "test", 0.9), ("B", "test", 0.1), ("C", "test", 0.1))))
+    assert evaluate.pick(path, "val", ["A", "B", "C"]) == "C" and evaluate.pick(path, "test", ["B", "A"]) == "A"
+    assert evaluate.pick(path, "val", ["A", "B"], margin=2) == "A" and evaluate.pick(path, "val", ["A", "C"], margin=2) == "C"
+    assert conftest.run_here("evaluate.py", "--pick", "val", "--model", "A", "D", "--out", path) == 2
