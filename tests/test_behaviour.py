@@ -201,7 +201,7 @@ def test_max_kl_ends_with_the_last_policy_inside_the_budget(tiny, tmp_path, caps
     weights = [teacher.load_lm(tmp_path / d / "final", torch.float32).state_dict() for d in ("free", "wide")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])     # measuring changes nothing
     capsys.readouterr()
-    assert conftest.run_here(*command, "--student", other, "--teacher", model, "--out", tmp_path / "beyond", "--max-kl", 0.001) == 2
+    assert conftest.run_here(*command, "--student", other, "--teacher", model, "--denominator", other, "--out", tmp_path / "beyond", "--max-kl", 0.001) == 2
     assert "beyond --max-kl" in capsys.readouterr().err
     run_here(*command, "--out", tmp_path / "none", "--max-kl", 1e-9)                    # not even one step fits
     start, final = (teacher.load_lm(p, torch.float32).state_dict() for p in (model, tmp_path / "none" / "final"))
