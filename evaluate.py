@@ -217,6 +217,8 @@ def role(label):
     first, last = label.split("/")[0], label.split("/")[-1]
     if first == "mse":
         return "mse" if last == "teacher" else "weak-to-strong"
+    if last.startswith("student-"):                         # one of several, of which the driver picks one
+        return "candidate"
     return "control" if first.startswith("control") else last if last in COLOURS else "teacher"
 
 
@@ -416,6 +418,129 @@ def losses_section(plt, validation, test, base_row, path):
                         for i, name in enumerate(("Qwen3-4B", "NBG4-3B"))) + ".\n", f"![losses](figures/{path.name})\n"]
 
 
+def path_points(run, rows):
+    """[(KL, accuracy), ...] of a run's path in the order of training, from the checkpoint that it started at."""
+    args = run["info"]["args"]
+    start = [row for row in rows if row["model"] == args.get("model", args.get("student"))]
+    return [(row["kl"], row["avg_at_k"]) for row in start[:1] + [row for _, row in run["path"]]]
+
+
+def accuracy_within(points, kl):
+    """The highest accuracy on a path, straight between its points, at a KL of at most `kl`: where one could have stopped."""
+    found = [a for k, a in points if k <= kl]
+    for (k0, a0), (k1, a1) in itertools.pairwise(points):
+        if min(k0, k1) <= kl < max(k0, k1):
+            found.append(a0 + (a1 - a0) * (kl - k0) / (k1 - k0))
+    return max(found)
+
+
+def least_kl(points, accuracy):
+    """The smallest KL on a path, straight between its points, at which it has that accuracy; None if it never does."""
+    found = [k for k, a in points if a >= accuracy]
+    for (k0, a0), (k1, a1) in itertools.pairwise(points):
+        if min(a0, a1) < accuracy <= max(a0, a1):
+            found.append(k0 + (k1 - k0) * (accuracy - a0) / (a1 - a0))
+    return min(found, default=None)
+
+
+def matched(seeds, rivals, rows):
+    """Students against the paths of rival runs, seed by seed: (points of accuracy at the same KL, KL ratios at the same accuracy).
+
+    The rival may stop anywhere on any of its paths. A ratio is None where it never is as accurate as the student.
+    """
+    gains, ratios = [], []
+    for seed, row in last_rows(seeds).items():
+        paths = [path_points(rival[seed], rows) for rival in rivals if seed in rival]
+        gains.append(100 * (row["avg_at_k"] - max(accuracy_within(points, row["kl"]) for points in paths)))
+        reached = [kl for kl in (least_kl(points, row["avg_at_k"]) for points in paths) if kl is not None]
+        ratios.append(row["kl"] / max(min(reached), 1e-6) if reached else None)
+    return gains, ratios
+
+
+def kl_section(plt, runs, rows, base_row, path):
+    """Accuracy against KL (Fig. 6): every student against its teacher's whole path and against single-stage controls."""
+    def part(label):
+        return label.rpartition("/")[0]
+    students = sorted(label for label in runs if label.split("/")[-1].startswith(("student", "ensemble")) and last_rows(runs[label]))
+    lines = []
+    for label in students:
+        line = [label, cell(row["avg_at_k"] for row in last_rows(runs[label]).values()), cell((row["kl"] for row in last_rows(runs[label]).values()), 4),
+                cell(row["entropy"] for row in last_rows(runs[label]).values())]
+        for kind in ("teacher", "control"):
+            rivals = [runs[rival] for rival in runs if rival.split("/")[-1].startswith(kind) and part(rival) in ("", part(label))]
+            gains, ratios = matched(runs[label], rivals, rows)
+            reached = [ratio for ratio in ratios if ratio is not None]
+            never = f"{len(ratios) - len(reached)} of {len(ratios)} never as accurate" if len(reached) < len(ratios) else ""
+            line += [cell(gains, 1), "; ".join(filter(None, [cell(reached, 2) if reached else "", never]))]
+        lines.append(line)
+    paths = sorted(label for label in runs if label.split("/")[-1].startswith(("teacher", "control")) and rows_by_step(runs[label]))
+    path_lines = [[label, step, *row_cells(at_step)] for label in paths for step, at_step in rows_by_step(runs[label]).items()]
+
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    axes.plot(0, base_row["avg_at_k"], "s", color=COLOURS["base"], label="base")
+    for label in paths:
+        starts = [path_points(run, rows)[0] for run in runs[label].values()]
+        points = [tuple(map(statistics.fmean, zip(*starts)))] + [
+            (statistics.fmean(row["kl"] for row in at), accuracy_and_se(at)[0]) for at in rows_by_step(runs[label]).values()]
+        axes.plot(*zip(*points), "o-" if "teacher" in label else "^--", markersize=4, linewidth=1.2, alpha=0.8, label=f"{label} (path)",
+                  color={"teacher": "#d1603d", "control": "#8a8a8a"}[label.split("/")[-1][:7]] if not part(label) else None)
+    for label, marker in zip(students, itertools.cycle("*PXDvhd<>8p")):
+        last = last_rows(runs[label]).values()
+        (kl, kl_se), (accuracy, accuracy_se) = mean_se(row["kl"] for row in last), mean_se(row["avg_at_k"] for row in last)
+        axes.errorbar(kl, accuracy, xerr=kl_se, yerr=accuracy_se, fmt=marker, markersize=10, capsize=2, label=label)
+    axes.set(xlabel="reverse KL to the base (nats per token, on the policy's own samples)", ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return ["## Accuracy against KL (Fig. 6)\n",
+            "Each student against the whole path of its teacher and against the single-stage controls of the same rollouts (in `second/`, also those "
+            "of the rollouts before), which may stop wherever they please, straight between their evaluated checkpoints. *Points at equal KL*: the "
+            "student's accuracy minus the rival's best within the student's KL; above 0 favours distillation. *KL ratio*: the student's KL over the "
+            "rival's at equal accuracy; below 1 favours distillation. The rival's best of several points flatters the rival by a little noise; "
+            "comparing with a teacher's last checkpoint alone would flatter distillation.\n",
+            markdown_table(["student", "AVG@K", "KL (nats/token)", "entropy", "teacher's path: points at equal KL", "KL ratio at equal accuracy",
+                            "controls: points at equal KL", "KL ratio at equal accuracy"], lines),
+            f"![accuracy against KL](figures/{path.name})\n", "The paths:\n", markdown_table(["run", "step", *ROW_HEADER], path_lines)]
+
+
+def movement_section(plt, runs, path):
+    """How far students moved each token, against their teachers (Fig. 7), and the raw signal by kind of response (Fig. 10)."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    ratios, histograms = [], []
+    for label, seeds in runs.items():
+        moved = [run["info"]["movement"] for run in seeds.values() if "movement" in run["info"]]
+        if moved:
+            panels[0].loglog(moved[0]["teacher"], moved[0]["student"], "o-", markersize=3, linewidth=1, label=label)
+            ratios.append([label, cell(m["ratio"] for m in moved), cell(m["same_direction"][-1] for m in moved)])
+            histograms.append((label, next(run["info"]["signal"] for run in seeds.values())))
+    if not ratios:
+        return []
+    panels[0].plot((1e-4, 10), (1e-4, 10), ":", color="#444444", label="as far as the teacher")
+    panels[0].set(xlabel="|log pi_teacher - log pi_old| (mean of a bin, nats)", ylabel="|log pi_student - log pi_old| (nats)", title="first seed")
+    label, signal = histograms[0]
+    edges, width = signal["histogram_edges"][:-1], signal["histogram_edges"][1] - signal["histogram_edges"][0]
+    for kind, colour in (("positive", "#2f7d4f"), ("negative", "#b03a48")):
+        total = sum(signal[f"histogram_{kind}"]) or 1
+        panels[1].step([e + width / 2 for e in edges], [count / total for count in signal[f"histogram_{kind}"]], where="mid", color=colour,
+                       label=f"{kind} responses")
+    panels[1].set(yscale="log", xlabel="signal before whitening (nats; the outer bins hold what lies beyond)", ylabel="share of tokens",
+                  title=f"signal of {label}")
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    statistics_of = [[label, *(f"{signal[key]:.4f}" for key in ("mean", "std", "kurtosis", "p1", "p50", "p99", "share_below_zero_on_positives"))]
+                     for label, signal in histograms]
+    return ["## Which tokens moved (Fig. 7), and the signal (Fig. 10)\n", f"![movement](figures/{path.name})\n",
+            "Mean |log pi_student - log pi_old| over mean |log pi_teacher - log pi_old|, and the share of the tokens that the teacher moved farthest which "
+            "the student moved the same way:\n", markdown_table(["student", "ratio", "same direction, farthest tokens"], ratios),
+            "The signal before whitening, first seed (nats):\n",
+            markdown_table(["student", "mean", "std", "kurtosis", "1 %", "50 %", "99 %", "share below 0 on positives"], statistics_of)]
+
+
 def report(folder):
     """Write FOLDER/report.md and FOLDER/figures/*.png; print the table of rounds."""
     import matplotlib
@@ -441,6 +566,9 @@ def report(folder):
     if any(label.startswith("round") for label in runs):
         figure_kl(plt, runs, base_row, folder / "figures" / "kl.png")
         text += ["## Rounds\n", rounds_table(runs, base_row), findings(runs, base_row), "![accuracy against KL](figures/kl.png)\n"]
+    if "student-1" in runs:
+        text += kl_section(plt, runs, [row for row in rows if row["benchmark"] == benchmark], base_row, folder / "figures" / "fig6.png")
+    text += movement_section(plt, runs, folder / "figures" / "movement.png")
     if set(runs) & set(PAPER_TABLE1):
         text += losses_section(plt, read_runs(folder, rows, "validation"), runs, base_row, folder / "figures" / "losses.png")
     summary = "\n".join(line for line in text[1:] if not line.startswith(("#", "!")))

@@ -3,16 +3,20 @@
 #
 #   ./run_rounds.sh          the whole method on the demonstration world, CPU is enough; ends with runs/demo/report.md
 #   ./run_rounds.sh table1   what each teacher loss extracts from one batch of rollouts (demonstration world, 3 seeds)
+#   ./run_rounds.sh fig6     accuracy against KL: every strategy, an ensemble, the entropy bonus, teachers and controls
 #   ./run_rounds.sh test     the tests
 #   ./run_rounds.sh help     this text
 #
 # Sets itself up first (.venv, requirements.txt). Steps whose output exists are skipped, so a run that was stopped goes on
 # where it was, and SEEDS="0 1 2" ./run_rounds.sh adds seeds to a finished run. DRY_RUN=1 prints the commands only.
+# STRATEGY=1|2|3|auto says where the signal of a round comes from (Fig. 3). auto follows Sec. 4.4: strategy 1 while the
+# teacher clearly beats the policy it started from on the validation set, else the best of strategies 2 and 3 there.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 SEEDS=${SEEDS:-}                      # seeds of rollouts and training, 0 for the demonstration; the base is the same for all
 ROUNDS=${ROUNDS:-3}
+STRATEGY=${STRATEGY:-1}
 OUT=${OUT:-runs/demo}
 TABLES=${TABLES:-runs/tables}
 NPROC=${NPROC:-1}                     # processes per stage; on a machine with GPUs one per GPU
@@ -49,7 +53,7 @@ evaluate() {                          # evaluate CHECKPOINT...   those that RESU
   done
   if [ -z "$missing" ]; then return; fi
   step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$results" \
-    --data "validation=$OUT/prompts/validation.jsonl:${VALIDATION_K:-2}" "test=$OUT/prompts/test.jsonl:$K" $MEASURE
+    --data ${DATA:-validation=$OUT/prompts/validation.jsonl:2 test=$OUT/prompts/test.jsonl:$K} $MEASURE
 }
 
 checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths that a training run saves
@@ -76,12 +80,14 @@ demo() {
   # The world: a small model that is competent but unreliable at a task whose answers can be checked.
   step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
 
-  local seed round dir policy control single data
+  local seed round dir policy older control single data
   for seed in ${SEEDS:-0}; do
     policy=$OUT/base
+    older=
     control=$OUT/base
     for ((round = 1; round <= ROUNDS; round++)); do
       dir=$OUT/seed$seed/round$round
+      data=$dir/rollouts
       # Stage 0: sample the current policy once.
       step "$dir/rollouts/rollouts.json" $PY rollout.py --model "$policy" --prompts "$OUT/prompts/train.jsonl" --out "$dir/rollouts" \
         --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
@@ -89,17 +95,15 @@ demo() {
       # tokens is what 0.001 is at 20,000.
       step "$dir/teacher/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/teacher" --seed "$seed" \
         --loss ce --beta 0.5 --lr 1e-4 --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
-      # Stage 2: back to the policy that wrote the rollouts, and distil (strategy 1).
-      step "$dir/student/final" $PY distill.py --student "$policy" --teacher "$dir/teacher/final" --denominator old \
-        --rollouts "$dir/rollouts" --out "$dir/student" --seed "$seed" \
-        --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 1 --kl-kind exact $TRAIN
+      # Stage 2: back to the policy that wrote the rollouts, and distil.
+      student
+      older=$policy
       policy=$dir/student/final
 
       # The control: one stage, the teacher's loss with the student's KL term, iterated without distillation.
       single=$OUT/seed$seed/control$round
-      data=$dir/rollouts                # round 1 shares its rollouts: both start from the base
       if [ "$round" -gt 1 ]; then
-        data=$single/rollouts
+        data=$single/rollouts         # round 1 shares its rollouts: both start from the base
         step "$data/rollouts.json" $PY rollout.py --model "$control" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
           --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
@@ -122,29 +126,99 @@ demo() {
   report "$OUT"
 }
 
+distil() {                            # distil NAME TEACHER DENOMINATOR FLAGS...   a student of $policy on the rollouts of this round
+  step "$dir/$1/final" $PY distill.py --student "$policy" --teacher "$2" --denominator "$3" --rollouts "$data" \
+    --out "$dir/$1" --seed "$seed" --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-kind exact "${@:4}" $TRAIN
+}
+
+student() {                           # the student of this round, by STRATEGY
+  local strategy=$STRATEGY best candidates
+  if [ "$strategy" = auto ]; then
+    strategy=1                        # DRY_RUN prints this
+    if [ -z "${DRY_RUN:-}" ]; then
+      evaluate "$policy" "$dir/teacher/final"
+      best=$(python evaluate.py --pick validation --margin 2 --model "$policy" "$dir/teacher/final" --out "${RESULTS:-$OUT/results.jsonl}")
+      if [ "$best" = "$policy" ]; then strategy=2; fi
+      echo "round $round of seed $seed: strategy $strategy"
+    fi
+  fi
+  case $strategy in
+    1) distil student "$dir/teacher/final" old --kl-coef 1 ;;
+    2)                                # the unlearned checkpoint matters most (Table 7), so the students of three are compared
+      step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/mse" --seed "$seed" \
+        --loss mse --lr 5e-4 --batch-prompts 16 --steps "$MSE_STEPS" --save-every 10 $TRAIN
+      for best in 10 20 30; do
+        distil "student-un$best" "$dir/mse/final" "$dir/mse/step-00$best" --kl-coef 0.1
+        candidates="${candidates:-} $dir/student-un$best/final"
+      done
+      for best in ${UNLEARNED_LR:-}; do                        # Table 11: unlearned apart, ten steps at another rate, same teacher
+        step "$dir/unlearned-$best/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/unlearned-$best" \
+          --seed "$seed" --loss mse --lr "$best" --batch-prompts 16 --steps 10 $TRAIN
+        distil "student-un-$best" "$dir/mse/final" "$dir/unlearned-$best/final" --kl-coef 0.1
+        candidates="$candidates $dir/student-un-$best/final"
+      done
+      if [ -n "$older" ]; then        # strategy 3 needs an older student
+        distil student-older "$dir/teacher/final" "$older" --kl-coef 1
+        candidates="$candidates $dir/student-older/final"
+      fi
+      evaluate $candidates
+      if [ -z "${DRY_RUN:-}" ] && [ ! -e "$dir/student" ]; then
+        best=$(python evaluate.py --pick validation --model $candidates --out "${RESULTS:-$OUT/results.jsonl}")
+        rm -rf "$dir/student.partial"
+        cp -al "$(dirname "$best")" "$dir/student.partial"     # links, not copies
+        mv "$dir/student.partial" "$dir/student"
+        echo "round $round of seed $seed: $best"
+      fi ;;
+    3) distil student "$dir/teacher/final" "${older:?strategy 3 needs an older student: it starts in round 2}" --kl-coef 1 ;;
+    *) echo "run_rounds.sh: STRATEGY is 1, 2, 3 or auto, not '$strategy'" >&2; exit 2 ;;
+  esac
+}
+
 table1() {                            # Table 1: what each loss extracts from the same rollouts; learning rates chosen on validation
-  local seed data out=$TABLES/table1 s
-  local RESULTS=$out/results.jsonl VALIDATION_K=8 K=8
-  step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
-  evaluate "$OUT/base"
+  local seed dir data out=$TABLES/table1 policy=$OUT/base
+  local RESULTS=$out/results.jsonl DATA="validation=$OUT/prompts/validation.jsonl:8 test=$OUT/prompts/test.jsonl:8"
   for seed in ${SEEDS:-0 1 2}; do
-    data=$OUT/seed$seed/round1/rollouts                        # the demonstration's first rollouts
-    step "$data/rollouts.json" $PY rollout.py --model "$OUT/base" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
-      --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + 1))" $SAMPLE
-    s=$out/seed$seed
-    loss ce   --beta 0.5 --lr 3e-4                             # paper: 72.9 Qwen3-4B, 76.7 NBG4-3B, averages of five benchmarks
-    loss sapo --lr 1e-4                                        # paper: 69.9, 76.2
-    loss grpo --lr 3e-4                                        # paper: 69.0, 73.6
-    loss ppo  --lr 2e-4 --value-steps 100 --value-lr 1e-3      # paper: 68.1, 73.9
-    loss mse  --lr 1e-4                                        # paper: 36.4, 37.1
+    first_rollouts
+    dir=$out/seed$seed
+    teach ce   --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32      # paper: 72.9 Qwen3-4B, 76.7 NBG4-3B, averages of five benchmarks
+    teach sapo --loss sapo --lr 1e-4 --batch-prompts 32               # paper: 69.9, 76.2
+    teach grpo --loss grpo --lr 3e-4 --batch-prompts 32               # paper: 69.0, 73.6
+    teach ppo  --loss ppo --lr 2e-4 --value-steps 100 --value-lr 1e-3 --batch-prompts 32      # paper: 68.1, 73.9
+    teach mse  --loss mse --lr 1e-4 --batch-prompts 32                # paper: 36.4, 37.1
   done
   report "$out"
 }
 
-loss() {                              # loss NAME FLAGS...   one teacher of table1, with its path
-  step "$s/$1/final" $PY teacher.py --model "$OUT/base" --rollouts "$data" --out "$s/$1" --seed "$seed" --loss "$@" \
-    --batch-prompts 32 --steps 96 --save-every 4 $TRAIN
-  evaluate "$s/$1/step-0004" "$s/$1/step-0008" $(checkpoints "$s/$1" 96 16)
+fig6() {                              # Fig. 6: accuracy against KL, of every strategy, an ensemble, teachers and controls
+  local seed dir data out=$TABLES/fig6 policy steps best
+  local RESULTS=$out/results.jsonl DATA="test=$OUT/prompts/test.jsonl:16"
+  for seed in ${SEEDS:-0 1 2}; do
+    policy=$OUT/base
+    first_rollouts
+    dir=$out/seed$seed
+    teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
+    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact     # one stage, the students' KL term
+    distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
+    distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1
+    distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
+    distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --steps 32 --max-kl 0.01
+    evaluate "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-live/final" "$dir/student-1-max-kl/final"
+  done
+  report "$out"
+}
+
+first_rollouts() {                    # the base, its rows, and the demonstration's first rollouts of a seed, in $data
+  step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
+  evaluate "$OUT/base"
+  data=$OUT/seed$seed/round1/rollouts
+  step "$data/rollouts.json" $PY rollout.py --model "$OUT/base" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
+    --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + 1))" $SAMPLE
+}
+
+teach() {                             # teach NAME FLAGS...   a teacher of $policy on the rollouts of this round, with its path
+  step "$dir/$1/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/$1" --seed "$seed" "${@:2}" \
+    --steps 96 --save-every 4 $TRAIN
+  evaluate "$dir/$1/step-0004" "$dir/$1/step-0008" $(checkpoints "$dir/$1" 96 16)
 }
 
 report() {                            # report FOLDER   anew if there are new results
@@ -156,6 +230,7 @@ report() {                            # report FOLDER   anew if there are new re
 
 case "${1:-demo}" in
   demo) [ -n "${DRY_RUN:-}" ] || setup; demo ;;
+  fig6) [ -n "${DRY_RUN:-}" ] || setup; fig6 ;;
   table1) [ -n "${DRY_RUN:-}" ] || setup; table1 ;;
   test) [ -n "${DRY_RUN:-}" ] || setup; step "" python -m pytest tests -q "${@:2}" ;;
   help|-h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;

@@ -163,3 +163,21 @@ def test_greedy_samples_of_the_hf_engine_are_the_models_own_argmax(tiny):
         logits = lm(torch.tensor([ids + response["ids"]])).logits[0]
         assert logits[len(ids) - 1:-1].argmax(-1).tolist() == response["ids"]
         assert response["truncated"] == (response["ids"][-1] != tokenizer.eos_token_id)
+
+
+def test_students_are_compared_with_any_stopping_point_of_a_path():
+    path = [(0.0, 0.4), (0.01, 0.5), (0.03, 0.6), (0.02, 0.55)]                     # KL may fall again
+    assert evaluate.accuracy_within(path, 0.005) == pytest.approx(0.45) and evaluate.accuracy_within(path, 0.02) == pytest.approx(0.55)
+    assert evaluate.accuracy_within(path, 1.0) == 0.6 and evaluate.accuracy_within(path, 0.0) == 0.4
+    assert evaluate.least_kl(path, 0.55) == pytest.approx(0.02) and evaluate.least_kl(path, 0.45) == pytest.approx(0.005)
+    assert evaluate.least_kl(path, 0.61) is None and evaluate.least_kl(path, 0.3) == 0.0
+
+    def run(start, *points):
+        return {"info": {"args": {"model": start}}, "path": [(i, {"model": str(i), "kl": k, "avg_at_k": a}) for i, (k, a) in enumerate(points)]}
+    rows = [{"model": "base", "kl": 0.0, "avg_at_k": 0.4}]
+    student = {"0": run("base", (0.005, 0.5)), "1": run("base", (0.01, 0.7))}
+    teacher = {"0": run("base", (0.01, 0.5)), "1": run("base", (0.01, 0.5))}
+    gains, ratios = evaluate.matched(student, [teacher], rows)
+    assert gains == pytest.approx([5, 20]) and ratios == [pytest.approx(0.5), None]
+    gains, ratios = evaluate.matched(student, [teacher, {"0": run("base", (0.002, 0.5))}], rows)    # the best of several rivals
+    assert gains[0] == pytest.approx(0) and ratios[0] == pytest.approx(2.5)
