@@ -3,6 +3,7 @@
 #
 #   ./run_rounds.sh          the whole method on the demonstration world, CPU is enough; ends with runs/demo/report.md
 #   ./run_rounds.sh table1   what each teacher loss extracts from one batch of rollouts (demonstration world, 3 seeds)
+#   ./run_rounds.sh table3   on-policy GRPO: one optimizer step on each fresh batch, Adam carried over (ONPOLICY_STEPS=25)
 #   ./run_rounds.sh fig6     accuracy against KL: every strategy, an ensemble, the entropy bonus, teachers and controls
 #   ./run_rounds.sh test     the tests
 #   ./run_rounds.sh help     this text
@@ -128,11 +129,11 @@ demo() {
 
 distil() {                            # distil NAME TEACHER DENOMINATOR FLAGS...   a student of $policy on the rollouts of this round
   step "$dir/$1/final" $PY distill.py --student "$policy" --teacher "$2" --denominator "$3" --rollouts "$data" \
-    --out "$dir/$1" --seed "$seed" --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-kind exact "${@:4}" $TRAIN
+    --out "$dir/$1" --seed "$seed" --lr 3e-4 --batch-prompts 64 --steps "${STEPS:-$DISTILL_STEPS}" --kl-kind exact "${@:4}" $TRAIN
 }
 
 student() {                           # the student of this round, by STRATEGY
-  local strategy=$STRATEGY best candidates
+  local strategy=$STRATEGY best candidates="" finals=""
   if [ "$strategy" = auto ]; then
     strategy=1                        # DRY_RUN prints this
     if [ -z "${DRY_RUN:-}" ]; then
@@ -149,26 +150,21 @@ student() {                           # the student of this round, by STRATEGY
         --loss mse --lr 5e-4 --batch-prompts 16 --steps "$MSE_STEPS" --save-every 10 $TRAIN
       for best in 10 20 30; do
         distil "student-un$best" "$dir/mse/final" "$dir/mse/step-00$best" --kl-coef 0.1
-        candidates="${candidates:-} $dir/student-un$best/final"
+        candidates="$candidates student-un$best"
       done
       for best in ${UNLEARNED_LR:-}; do                        # Table 11: unlearned apart, ten steps at another rate, same teacher
         step "$dir/unlearned-$best/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/unlearned-$best" \
           --seed "$seed" --loss mse --lr "$best" --batch-prompts 16 --steps 10 $TRAIN
         distil "student-un-$best" "$dir/mse/final" "$dir/unlearned-$best/final" --kl-coef 0.1
-        candidates="$candidates $dir/student-un-$best/final"
+        candidates="$candidates student-un-$best"
       done
       if [ -n "$older" ]; then        # strategy 3 needs an older student
         distil student-older "$dir/teacher/final" "$older" --kl-coef 1
-        candidates="$candidates $dir/student-older/final"
+        candidates="$candidates student-older"
       fi
-      evaluate $candidates
-      if [ -z "${DRY_RUN:-}" ] && [ ! -e "$dir/student" ]; then
-        best=$(python evaluate.py --pick validation --model $candidates --out "${RESULTS:-$OUT/results.jsonl}")
-        rm -rf "$dir/student.partial"
-        cp -al "$(dirname "$best")" "$dir/student.partial"     # links, not copies
-        mv "$dir/student.partial" "$dir/student"
-        echo "round $round of seed $seed: $best"
-      fi ;;
+      for best in $candidates; do finals="$finals $dir/$best/final"; done
+      evaluate $finals
+      pick student $candidates ;;
     3) distil student "$dir/teacher/final" "${older:?strategy 3 needs an older student: it starts in round 2}" --kl-coef 1 ;;
     *) echo "run_rounds.sh: STRATEGY is 1, 2, 3 or auto, not '$strategy'" >&2; exit 2 ;;
   esac
@@ -190,19 +186,85 @@ table1() {                            # Table 1: what each loss extracts from th
 }
 
 fig6() {                              # Fig. 6: accuracy against KL, of every strategy, an ensemble, teachers and controls
-  local seed dir data out=$TABLES/fig6 policy steps best
-  local RESULTS=$out/results.jsonl DATA="test=$OUT/prompts/test.jsonl:16"
+  local seed dir first data out=$TABLES/fig6 policy steps
+  local RESULTS=$out/results.jsonl DATA="validation=$OUT/prompts/validation.jsonl:4 test=$OUT/prompts/test.jsonl:16"
   for seed in ${SEEDS:-0 1 2}; do
     policy=$OUT/base
     first_rollouts
-    dir=$out/seed$seed
+    first=$out/seed$seed
+    dir=$first
     teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
     teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact     # one stage, the students' KL term
+    step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/mse" --seed "$seed" \
+      --loss mse --lr 1e-4 --batch-prompts 32 --steps 96 --save-every 8 $TRAIN
     distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
-    distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1
+    distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1                # Table 6
+    STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
     distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
-    distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --steps 32 --max-kl 0.01
-    evaluate "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-live/final" "$dir/student-1-max-kl/final"
+    distil student-2 "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1                              # strategy 2
+    policy=$dir/student-1/final
+    for steps in 16 32; do            # Table 8: on from the first student with the second signal; pi_old wrote the rollouts as before
+      STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1
+    done
+    evaluate "$dir/mse/step-0008" "$dir/mse/final" "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-max-kl/final" \
+      "$dir/student-1-live/final" "$dir/student-2/final" "$dir/candidate-16/final" "$dir/candidate-32/final"
+    pick ensemble candidate-16 candidate-32
+    evaluate "$dir/ensemble/final"
+    step "" $PY evaluate.py --movement "$dir/student-1" "$dir/student-1-live" "$dir/student-2"
+
+    dir=$first/second                 # a second round: strategy 3 needs an older policy, here the base
+    data=$dir/rollouts
+    again
+    teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
+    distil student-1 "$dir/teacher/final" old --kl-coef 1
+    distil student-3 "$dir/teacher/final" "$OUT/base" --kl-coef 1
+    evaluate "$dir/student-1/final" "$dir/student-3/final"
+    policy=$first/control/final       # and of the control
+    data=$dir/control-rollouts
+    again
+    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact
+  done
+  report "$out"
+}
+
+again() {                             # the second round's rollouts of $policy, in $data
+  step "$data/rollouts.json" $PY rollout.py --model "$policy" --prompts "$OUT/prompts/train.jsonl" --out "$data" \
+    --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + 2))" $SAMPLE
+}
+
+pick() {                              # pick NAME CANDIDATE...   the best student on validation gets the name too (links, not copies)
+  local best candidate finals=""
+  if [ -n "${DRY_RUN:-}" ] || [ -e "$dir/$1" ]; then return; fi
+  for candidate in "${@:2}"; do finals="$finals $dir/$candidate/final"; done
+  best=$(python evaluate.py --pick validation --model $finals --out "${RESULTS:-$OUT/results.jsonl}")
+  rm -rf "$dir/$1.partial"
+  cp -al "$(dirname "$best")" "$dir/$1.partial"
+  mv "$dir/$1.partial" "$dir/$1"
+  echo "$dir/$1 is $best"
+}
+
+table3() {                            # Table 3: on-policy GRPO through the same two stages; paper: 56.0, 57.2, 53.2 at steps 0, 25, 50
+  local seed i dir policy last previous out=$TABLES/table3
+  local RESULTS=$out/results.jsonl DATA="test=$OUT/prompts/test.jsonl:16"
+  step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
+  evaluate "$OUT/base"
+  for seed in ${SEEDS:-0}; do
+    policy=$OUT/base
+    previous=
+    for ((i = 1; i <= ${ONPOLICY_STEPS:-25}; i++)); do
+      dir=$out/seed$seed/update$(printf %03d "$i")
+      step "$dir/rollouts/rollouts.json" $PY rollout.py --model "$policy" --prompts "$OUT/prompts/train.jsonl" --out "$dir/rollouts" \
+        --num-prompts 32 --seed "$((1000 * seed + i))" $SAMPLE
+      step "$dir/policy/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/policy" --seed "$seed" \
+        --loss grpo --lr 1e-4 --batch-prompts 32 --steps 1 ${previous:+--optimizer-from $previous} $TRAIN
+      if [ "$((i % 5))" = 0 ]; then evaluate "$dir/policy/final"; fi
+      if [ -n "$previous" ] && [ -z "${DRY_RUN:-}" ]; then
+        rm -f "$previous/final/optimizer.pt"                   # the newest update holds what the next needs
+        if [ "$(((i - 1) % 5))" != 0 ]; then rm -f "$previous"/final/*.safetensors; fi
+      fi
+      previous=$dir/policy
+      policy=$previous/final
+    done
   done
   report "$out"
 }
@@ -231,6 +293,7 @@ report() {                            # report FOLDER   anew if there are new re
 case "${1:-demo}" in
   demo) [ -n "${DRY_RUN:-}" ] || setup; demo ;;
   fig6) [ -n "${DRY_RUN:-}" ] || setup; fig6 ;;
+  table3) [ -n "${DRY_RUN:-}" ] || setup; table3 ;;
   table1) [ -n "${DRY_RUN:-}" ] || setup; table1 ;;
   test) [ -n "${DRY_RUN:-}" ] || setup; step "" python -m pytest tests -q "${@:2}" ;;
   help|-h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import conftest
+import evaluate
 
 SCRIPTS = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
 
@@ -146,11 +147,15 @@ def test_driver_help_and_unknown_commands():
     assert run_driver("nonsense").returncode == 2
 
 
-def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path):
-    done = run_driver(DRY_RUN="1", OUT=str(tmp_path / "demo"))
+@pytest.mark.parametrize("command, env, counts", [
+    ("demo", {}, [5, 7, 4]), ("demo", {"STRATEGY": "auto"}, [5, 7, 4]), ("demo", {"STRATEGY": "2", "UNLEARNED_LR": "1e-3"}, [5, 13, 15]),
+    ("table1", {}, [3, 15, 0]), ("table3", {"ONPOLICY_STEPS": "2"}, [2, 2, 0]), ("fig6", {"SEEDS": "0"}, None)])
+def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path, command, env, counts):
+    done = run_driver(command, DRY_RUN="1", OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), **env)
     commands = [line.split() for line in done.stdout.splitlines() if line.startswith(("python ", "torchrun "))]
-    assert done.returncode == 0 and not (tmp_path / "demo").exists()
-    assert [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")] == [5, 7, 4]
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    made = [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")]
+    assert made == counts if counts else min(made) > 0
     known = {script: set(re.findall(r"--[a-z][a-z-]*", (conftest.ROOT / script).read_text())) for script in {c[1] for c in commands}}
     for command in commands:
         assert {word.replace("--no-", "--") for word in command[2:] if word.startswith("--")} <= known[command[1]]
@@ -176,3 +181,14 @@ def test_the_driver_end_to_end_at_a_tiny_size_and_again_in_seconds(tmp_path):
     before = snapshot(demo)
     again = run_driver(**env)
     assert again.returncode == 0 and "+ python" not in again.stdout and snapshot(demo) == before
+
+    # strategy auto: a teacher after one step is no better than the policy, so the round goes to strategy 2 and picks among its students
+    auto = run_driver(**env | dict(SEEDS="1", STRATEGY="auto", ROUNDS="1", TEACHER_STEPS="1", MSE_STEPS="31"))
+    assert auto.returncode == 0, auto.stdout[-3000:] + auto.stderr[-3000:]
+    assert "round 1 of seed 1: strategy 2" in auto.stdout
+    accuracy = {os.path.relpath(row["model"], demo): row["avg_at_k"] for row in evaluate.read_results(demo / "results.jsonl")
+                if row["benchmark"] == "validation"}
+    candidates = [f"seed1/round1/student-un{step}" for step in (10, 20, 30)]
+    picked = json.loads((demo / "seed1/round1/student/run.json").read_text())["args"]["out"]
+    best = max(candidates, key=lambda path: accuracy[f"{path}/final"])
+    assert os.path.relpath(picked, demo) == best and "student-un10" in (demo / "report.md").read_text()
