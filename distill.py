@@ -24,6 +24,7 @@ along the border.
 Words and shapes: see teacher.py. Read next: evaluate.py.
 """
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -213,7 +214,7 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
     metrics = read_metrics(args.out, step)
     kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # --max-kl: one batch, always the same
-    if args.max_kl and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens)) > args.max_kl:
+    if args.max_kl and step == 0 and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g} before the first step")
 
     # ---- training loop ---------------------------------------------------------------------------------------------------
@@ -244,13 +245,17 @@ def main():
         if world > 1:
             dist.all_reduce(sums)
         stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
-        inside = {k: v.to("cpu", copy=True) for k, v in lm.state_dict().items()} if args.max_kl else None
+        if args.max_kl:
+            inside = {k: v.to("cpu", copy=True) for k, v in lm.state_dict().items()}
+            moments = copy.deepcopy(optimizer.state_dict())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         kl = kl_to_old(policy, rollouts, kl_states, args.micro_tokens) if args.max_kl else None
         if args.max_kl and kl > args.max_kl:                                        # Eq. 7: back into the trust region, and done
             lm.load_state_dict(inside)
+            optimizer.load_state_dict(moments)
             if rank == 0:
+                write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
                 bar.write(f"step {step:03d} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: final is step {step - 1}")
             step -= 1
             break

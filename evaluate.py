@@ -157,11 +157,12 @@ def movement(student, teacher, old):
     edges = torch.logspace(-4, 1, 26, dtype=torch.float64)
     where = torch.bucketize(far.abs(), edges)               # 0: less than the first edge, which is noise of the forward pass
     count = torch.bincount(where, minlength=len(edges) + 1)
+    farthest = far.abs() >= far.abs().sort().values[-max(1, len(far) // 100)]
     teacher_mean, student_mean, same = (torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, where, x) / count
                                         for x in (far.abs(), near.abs(), (far * near > 0).double()))
     seen = count > 0
     return {"count": count[seen].tolist(), "teacher": teacher_mean[seen].tolist(), "student": student_mean[seen].tolist(),
-            "same_direction": same[seen].tolist(), "ratio": (near.abs().mean() / far.abs().mean()).item()}
+            "same_direction": same[seen].tolist(), "same_direction_farthest": (far * near > 0)[farthest].double().mean().item(), "ratio": (near.abs().mean() / far.abs().mean()).item()}
 
 
 def add_movement(run):
@@ -228,9 +229,12 @@ def last_rows(seeds):
 
 
 def rows_by_step(seeds):
-    """{step: rows of all seeds}, for the steps that every seed has evaluated."""
+    """{step: rows of all seeds}, for the steps that every seed has evaluated; if there is none, their last, as '7/9'."""
     paths = [dict(run["path"]) for run in seeds.values()]
-    return {step: [path[step] for path in paths] for step in sorted(set.intersection(*map(set, paths)))}
+    common = {step: [path[step] for path in paths] for step in sorted(set.intersection(*map(set, paths)))}
+    if not common and all(paths):                           # runs that ended at different steps, as with --max-kl
+        return {"/".join(str(max(path)) for path in paths): [path[max(path)] for path in paths]}
+    return common
 
 
 def mean_se(values):
@@ -380,7 +384,9 @@ def losses_section(plt, validation, test, base_row, path):
     """Teacher losses on the same rollouts: each run's best checkpoint on validation, and what it is worth on test (Table 1)."""
     lines, on_test = [["base", "-", "-", "0", f"{base_row['avg_at_k']:.3f}", "-", "68.5", "72.5"]], {}
     for loss in [name for name in PAPER_TABLE1 if name in validation]:
-        best = best_steps(validation[loss])
+        best = {seed: (step, row) for seed, (step, row) in best_steps(validation[loss]).items() if step in dict(test[loss][seed]["path"])}
+        if not best:                                        # not evaluated yet
+            continue
         chosen = {seed: dict(test[loss][seed]["path"])[step] for seed, (step, _) in best.items()}
         on_test[loss] = {seed: row["avg_at_k"] for seed, row in chosen.items()}
         lines.append([loss.upper(), cell(row["avg_at_k"] for _, row in best.values()), ", ".join(str(step) for step, _ in best.values()),
@@ -394,7 +400,7 @@ def losses_section(plt, validation, test, base_row, path):
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     for colour, loss in zip(("#1f6f8b", "#d1603d", "#3a9d5d", "#7a5195", "#8a8a8a"), on_test):
-        by_step = rows_by_step(test[loss])
+        by_step = rows_by_step({seed: test[loss][seed] for seed in on_test[loss]})
         accuracy, se = zip(*[accuracy_and_se(rows) for rows in by_step.values()])
         kl = [statistics.fmean(row["kl"] for row in rows) for rows in by_step.values()]
         for axes, x, start in ((panels[0], list(by_step), 0), (panels[1], kl, 1e-3)):
@@ -426,12 +432,12 @@ def path_points(run, rows):
 
 
 def accuracy_within(points, kl):
-    """The highest accuracy on a path, straight between its points, at a KL of at most `kl`: where one could have stopped."""
+    """The highest accuracy on a path, straight between its points, at a KL of at most `kl`; None if all of it is beyond."""
     found = [a for k, a in points if k <= kl]
     for (k0, a0), (k1, a1) in itertools.pairwise(points):
         if min(k0, k1) <= kl < max(k0, k1):
             found.append(a0 + (a1 - a0) * (kl - k0) / (k1 - k0))
-    return max(found)
+    return max(found, default=None)
 
 
 def least_kl(points, accuracy):
@@ -446,15 +452,25 @@ def least_kl(points, accuracy):
 def matched(seeds, rivals, rows):
     """Students against the paths of rival runs, seed by seed: (points of accuracy at the same KL, KL ratios at the same accuracy).
 
-    The rival may stop anywhere on any of its paths. A ratio is None where it never is as accurate as the student.
+    The rival may stop anywhere on any of its paths. inf: it is never that accurate. None: it is nowhere within that KL, or
+    needs none, as for a student that is no better than the base.
     """
     gains, ratios = [], []
     for seed, row in last_rows(seeds).items():
         paths = [path_points(rival[seed], rows) for rival in rivals if seed in rival]
-        gains.append(100 * (row["avg_at_k"] - max(accuracy_within(points, row["kl"]) for points in paths)))
-        reached = [kl for kl in (least_kl(points, row["avg_at_k"]) for points in paths) if kl is not None]
-        ratios.append(row["kl"] / max(min(reached), 1e-6) if reached else None)
+        best = max((a for a in (accuracy_within(points, row["kl"]) for points in paths) if a is not None), default=None)
+        gains.append(None if best is None else 100 * (row["avg_at_k"] - best))
+        needed = min((kl for kl in (least_kl(points, row["avg_at_k"]) for points in paths) if kl is not None), default=math.inf)
+        ratios.append(math.inf if needed == math.inf else row["kl"] / needed if needed > 0 else None)
     return gains, ratios
+
+
+def ratio_cell(ratios):
+    """KL ratios of several seeds as table text; those without a number are counted."""
+    numbers = [ratio for ratio in ratios if ratio is not None and ratio < math.inf]
+    never, free = sum(ratio == math.inf for ratio in ratios), sum(ratio is None for ratio in ratios)
+    return "; ".join([cell(numbers, 2)] * bool(numbers) + [f"rival never as accurate in {never} of {len(ratios)}"] * bool(never)
+                     + [f"no better than the start in {free} of {len(ratios)}"] * bool(free))
 
 
 def kl_section(plt, runs, rows, base_row, path):
@@ -469,9 +485,7 @@ def kl_section(plt, runs, rows, base_row, path):
         for kind in ("teacher", "control"):
             rivals = [runs[rival] for rival in runs if rival.split("/")[-1].startswith(kind) and part(rival) in ("", part(label))]
             gains, ratios = matched(runs[label], rivals, rows)
-            reached = [ratio for ratio in ratios if ratio is not None]
-            never = f"{len(ratios) - len(reached)} of {len(ratios)} never as accurate" if len(reached) < len(ratios) else ""
-            line += [cell(gains, 1), "; ".join(filter(None, [cell(reached, 2) if reached else "", never]))]
+            line += [cell(gains, 1), ratio_cell(ratios)]
         lines.append(line)
     paths = sorted(label for label in runs if label.split("/")[-1].startswith(("teacher", "control")) and rows_by_step(runs[label]))
     path_lines = [[label, step, *row_cells(at_step)] for label in paths for step, at_step in rows_by_step(runs[label]).items()]
@@ -494,8 +508,8 @@ def kl_section(plt, runs, rows, base_row, path):
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return ["## Accuracy against KL (Fig. 6)\n",
-            "Each student against the whole path of its teacher and against the single-stage controls of the same rollouts (in `second/`, also those "
-            "of the rollouts before), which may stop wherever they please, straight between their evaluated checkpoints. *Points at equal KL*: the "
+            "Each student against the whole path of the CE teacher and against the single-stage controls of the same round (in `second/`, also those "
+            "of the first), which may stop wherever they please, straight between their evaluated checkpoints. *Points at equal KL*: the "
             "student's accuracy minus the rival's best within the student's KL; above 0 favours distillation. *KL ratio*: the student's KL over the "
             "rival's at equal accuracy; below 1 favours distillation. The rival's best of several points flatters the rival by a little noise; "
             "comparing with a teacher's last checkpoint alone would flatter distillation.\n",
@@ -512,7 +526,7 @@ def movement_section(plt, runs, path):
         moved = [run["info"]["movement"] for run in seeds.values() if "movement" in run["info"]]
         if moved:
             panels[0].loglog(moved[0]["teacher"], moved[0]["student"], "o-", markersize=3, linewidth=1, label=label)
-            ratios.append([label, cell(m["ratio"] for m in moved), cell(m["same_direction"][-1] for m in moved)])
+            ratios.append([label, cell(m["ratio"] for m in moved), cell(m["same_direction_farthest"] for m in moved)])
             histograms.append((label, next(run["info"]["signal"] for run in seeds.values())))
     if not ratios:
         return []
@@ -535,8 +549,8 @@ def movement_section(plt, runs, path):
     statistics_of = [[label, *(f"{signal[key]:.4f}" for key in ("mean", "std", "kurtosis", "p1", "p50", "p99", "share_below_zero_on_positives"))]
                      for label, signal in histograms]
     return ["## Which tokens moved (Fig. 7), and the signal (Fig. 10)\n", f"![movement](figures/{path.name})\n",
-            "Mean |log pi_student - log pi_old| over mean |log pi_teacher - log pi_old|, and the share of the tokens that the teacher moved farthest which "
-            "the student moved the same way:\n", markdown_table(["student", "ratio", "same direction, farthest tokens"], ratios),
+            "Mean |log pi_student - log pi_old| over mean |log pi_teacher - log pi_old|, and of the 1 % of tokens that the teacher moved farthest "
+            "the share that the student moved the same way:\n", markdown_table(["student", "ratio", "same direction, farthest 1 %"], ratios),
             "The signal before whitening, first seed (nats):\n",
             markdown_table(["student", "mean", "std", "kurtosis", "1 %", "50 %", "99 %", "share below 0 on positives"], statistics_of)]
 

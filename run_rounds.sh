@@ -129,7 +129,7 @@ demo() {
 
 distil() {                            # distil NAME TEACHER DENOMINATOR FLAGS...   a student of $policy on the rollouts of this round
   step "$dir/$1/final" $PY distill.py --student "$policy" --teacher "$2" --denominator "$3" --rollouts "$data" \
-    --out "$dir/$1" --seed "$seed" --lr 3e-4 --batch-prompts 64 --steps "${STEPS:-$DISTILL_STEPS}" --kl-kind exact "${@:4}" $TRAIN
+    --out "$dir/$1" --seed "$seed" --lr 3e-4 --batch-prompts 64 --steps "${THESE_STEPS:-$DISTILL_STEPS}" --kl-kind exact "${@:4}" $TRAIN
 }
 
 student() {                           # the student of this round, by STRATEGY
@@ -148,6 +148,7 @@ student() {                           # the student of this round, by STRATEGY
     2)                                # the unlearned checkpoint matters most (Table 7), so the students of three are compared
       step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/mse" --seed "$seed" \
         --loss mse --lr 5e-4 --batch-prompts 16 --steps "$MSE_STEPS" --save-every 10 $TRAIN
+      if [ "$MSE_STEPS" -le 30 ]; then echo "run_rounds.sh: strategy 2 compares the MSE run's steps 10, 20 and 30: MSE_STEPS must be above 30" >&2; exit 2; fi
       for best in 10 20 30; do
         distil "student-un$best" "$dir/mse/final" "$dir/mse/step-00$best" --kl-coef 0.1
         candidates="$candidates student-un$best"
@@ -158,14 +159,14 @@ student() {                           # the student of this round, by STRATEGY
         distil "student-un-$best" "$dir/mse/final" "$dir/unlearned-$best/final" --kl-coef 0.1
         candidates="$candidates student-un-$best"
       done
-      if [ -n "$older" ]; then        # strategy 3 needs an older student
+      if [ "$STRATEGY" = auto ] && [ -n "$older" ]; then       # strategy 3 needs an older student
         distil student-older "$dir/teacher/final" "$older" --kl-coef 1
         candidates="$candidates student-older"
       fi
       for best in $candidates; do finals="$finals $dir/$best/final"; done
       evaluate $finals
       pick student $candidates ;;
-    3) distil student "$dir/teacher/final" "${older:?strategy 3 needs an older student: it starts in round 2}" --kl-coef 1 ;;
+    3) distil student "$dir/teacher/final" "${older:-old}" --kl-coef 1 ;;     # in round 1 nothing is older than pi_old
     *) echo "run_rounds.sh: STRATEGY is 1, 2, 3 or auto, not '$strategy'" >&2; exit 2 ;;
   esac
 }
@@ -199,18 +200,20 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
       --loss mse --lr 1e-4 --batch-prompts 32 --steps 96 --save-every 8 $TRAIN
     distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
     distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1                # Table 6
-    STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
+    THESE_STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
     distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
     distil student-2 "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1                              # strategy 2
     policy=$dir/student-1/final
     for steps in 16 32; do            # Table 8: on from the first student with the second signal; pi_old wrote the rollouts as before
-      STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1
+      THESE_STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1
     done
     evaluate "$dir/mse/step-0008" "$dir/mse/final" "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-max-kl/final" \
       "$dir/student-1-live/final" "$dir/student-2/final" "$dir/candidate-16/final" "$dir/candidate-32/final"
     pick ensemble candidate-16 candidate-32
     evaluate "$dir/ensemble/final"
-    step "" $PY evaluate.py --movement "$dir/student-1" "$dir/student-1-live" "$dir/student-2"
+    if [ -n "${DRY_RUN:-}" ] || ! grep -qs '"movement"' "$dir/student-2/run.json"; then
+      step "" $PY evaluate.py --movement "$dir/student-1" "$dir/student-1-live" "$dir/student-2"
+    fi
 
     dir=$first/second                 # a second round: strategy 3 needs an older policy, here the base
     data=$dir/rollouts
@@ -234,7 +237,8 @@ again() {                             # the second round's rollouts of $policy, 
 
 pick() {                              # pick NAME CANDIDATE...   the best student on validation gets the name too (links, not copies)
   local best candidate finals=""
-  if [ -n "${DRY_RUN:-}" ] || [ -e "$dir/$1" ]; then return; fi
+  if [ -n "${DRY_RUN:-}" ]; then echo "cp -al $dir/$2 $dir/$1"; return; fi       # the first, or another if it does better
+  if [ -e "$dir/$1" ]; then return; fi
   for candidate in "${@:2}"; do finals="$finals $dir/$candidate/final"; done
   best=$(python evaluate.py --pick validation --model $finals --out "${RESULTS:-$OUT/results.jsonl}")
   rm -rf "$dir/$1.partial"
@@ -244,7 +248,7 @@ pick() {                              # pick NAME CANDIDATE...   the best studen
 }
 
 table3() {                            # Table 3: on-policy GRPO through the same two stages; paper: 56.0, 57.2, 53.2 at steps 0, 25, 50
-  local seed i dir policy last previous out=$TABLES/table3
+  local seed i dir policy previous out=$TABLES/table3
   local RESULTS=$out/results.jsonl DATA="test=$OUT/prompts/test.jsonl:16"
   step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
   evaluate "$OUT/base"
@@ -257,7 +261,7 @@ table3() {                            # Table 3: on-policy GRPO through the same
         --num-prompts 32 --seed "$((1000 * seed + i))" $SAMPLE
       step "$dir/policy/final" $PY teacher.py --model "$policy" --rollouts "$dir/rollouts" --out "$dir/policy" --seed "$seed" \
         --loss grpo --lr 1e-4 --batch-prompts 32 --steps 1 ${previous:+--optimizer-from $previous} $TRAIN
-      if [ "$((i % 5))" = 0 ]; then evaluate "$dir/policy/final"; fi
+      if [ "$((i % 5))" = 0 ] || [ "$i" = "${ONPOLICY_STEPS:-25}" ]; then evaluate "$dir/policy/final"; fi
       if [ -n "$previous" ] && [ -z "${DRY_RUN:-}" ]; then
         rm -f "$previous/final/optimizer.pt"                   # the newest update holds what the next needs
         if [ "$(((i - 1) % 5))" != 0 ]; then rm -f "$previous"/final/*.safetensors; fi

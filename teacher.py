@@ -493,6 +493,7 @@ def train_values(args, rollouts, usable, rank, world, device):
             step = state["step"]
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
+            del state                                       # never two sets of weights
         model = DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network
         metrics, batches = read_metrics(out, step), step_batches(rollouts, usable, args.batch_prompts, args.seed)
         for _ in range(step):
@@ -732,8 +733,9 @@ def main():
     adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
     ppo_adv = []                                                                    # PPO: one per token
     if args.loss == "ppo":
-        values, returns = train_values(args, rollouts, usable, rank, world, device), reward.repeat_interleave(rollouts["response_offsets"].diff())
-        value_variance = 1 - ((returns - values).double().var() / returns.double().var()).item()
+        values, lengths = train_values(args, rollouts, usable, rank, world, device), rollouts["response_offsets"].diff()
+        seen, returns = usable.repeat_interleave(lengths), reward.repeat_interleave(lengths)
+        value_variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
         if rank == 0:
             print(f"values: explained variance {value_variance:.3f}")
         ppo_adv = [ppo_advantages(rollouts, usable, values)]

@@ -148,7 +148,8 @@ def test_driver_help_and_unknown_commands():
 
 
 @pytest.mark.parametrize("command, env, counts", [
-    ("demo", {}, [5, 7, 4]), ("demo", {"STRATEGY": "auto"}, [5, 7, 4]), ("demo", {"STRATEGY": "2", "UNLEARNED_LR": "1e-3"}, [5, 13, 15]),
+    ("demo", {}, [5, 7, 4]), ("demo", {"STRATEGY": "auto"}, [5, 7, 4]), ("demo", {"STRATEGY": "2", "UNLEARNED_LR": "1e-3"}, [5, 13, 13]),
+    ("demo", {"STRATEGY": "3"}, [5, 7, 4]),
     ("table1", {}, [3, 15, 0]), ("table3", {"ONPOLICY_STEPS": "2"}, [2, 2, 0]), ("fig6", {"SEEDS": "0"}, None)])
 def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path, command, env, counts):
     done = run_driver(command, DRY_RUN="1", OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), **env)

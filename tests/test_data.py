@@ -1,5 +1,6 @@
 """Prompts, grading, shards and batches: nothing lost, nothing doubled, nothing misread."""
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,11 @@ def test_students_are_compared_with_any_stopping_point_of_a_path():
     student = {"0": run("base", (0.005, 0.5)), "1": run("base", (0.01, 0.7))}
     teacher = {"0": run("base", (0.01, 0.5)), "1": run("base", (0.01, 0.5))}
     gains, ratios = evaluate.matched(student, [teacher], rows)
-    assert gains == pytest.approx([5, 20]) and ratios == [pytest.approx(0.5), None]
+    assert gains == pytest.approx([5, 20]) and ratios[0] == pytest.approx(0.5) and ratios[1] == math.inf
     gains, ratios = evaluate.matched(student, [teacher, {"0": run("base", (0.002, 0.5))}], rows)    # the best of several rivals
     assert gains[0] == pytest.approx(0) and ratios[0] == pytest.approx(2.5)
+    beyond = {"0": {"info": {"args": {"model": "far"}}, "path": [(1, {"model": "x", "kl": 0.03, "avg_at_k": 0.8})]}}
+    gains, ratios = evaluate.matched({"0": run("base", (0.01, 0.45))}, [beyond], rows + [{"model": "far", "kl": 0.02, "avg_at_k": 0.7}])
+    assert gains == [None] and ratios[0] == pytest.approx(0.5)                          # nowhere within the student's KL
+    assert evaluate.matched({"0": run("base", (0.01, 0.39))}, [teacher], rows)[1] == [None]     # no better than the base
+    assert evaluate.ratio_cell([0.5, None, math.inf]) == "0.50; rival never as accurate in 1 of 3; no better than the start in 1 of 3"
