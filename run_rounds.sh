@@ -196,16 +196,17 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     dir=$first
     teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
     teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact     # one stage, the students' KL term
+    THESE_STEPS=48 teach control-sapo --loss sapo --lr 1e-4 --batch-prompts 32                      # one stage, no KL term
     step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/mse" --seed "$seed" \
-      --loss mse --lr 1e-4 --batch-prompts 32 --steps 96 --save-every 8 $TRAIN
+      --loss mse --lr 5e-4 --batch-prompts 16 --steps 64 --save-every 8 $TRAIN
     distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
     distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1                # Table 6
     THESE_STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
     distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
-    distil student-2 "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1                              # strategy 2
+    distil student-2 "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 0.3                            # strategy 2
     policy=$dir/student-1/final
     for steps in 16 32; do            # Table 8: on from the first student with the second signal; pi_old wrote the rollouts as before
-      THESE_STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 1
+      THESE_STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 0.3
     done
     evaluate "$dir/mse/step-0008" "$dir/mse/final" "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-max-kl/final" \
       "$dir/student-1-live/final" "$dir/student-2/final" "$dir/candidate-16/final" "$dir/candidate-32/final"
@@ -283,8 +284,8 @@ first_rollouts() {                    # the base, its rows, and the demonstratio
 
 teach() {                             # teach NAME FLAGS...   a teacher of $policy on the rollouts of this round, with its path
   step "$dir/$1/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/$1" --seed "$seed" "${@:2}" \
-    --steps 96 --save-every 4 $TRAIN
-  evaluate "$dir/$1/step-0004" "$dir/$1/step-0008" $(checkpoints "$dir/$1" 96 16)
+    --steps "${THESE_STEPS:-96}" --save-every 4 $TRAIN
+  evaluate "$dir/$1/step-0004" "$dir/$1/step-0008" $(checkpoints "$dir/$1" "${THESE_STEPS:-96}" 16)
 }
 
 report() {                            # report FOLDER   anew if there are new results
