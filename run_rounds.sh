@@ -195,11 +195,12 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     first=$out/seed$seed
     dir=$first
     teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
-    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact     # one stage, the students' KL term
+    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 3 --kl-kind exact     # one stage, the students' kind of KL
     THESE_STEPS=48 teach control-sapo --loss sapo --lr 1e-4 --batch-prompts 32                      # one stage, no KL term
     step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/mse" --seed "$seed" \
       --loss mse --lr 5e-4 --batch-prompts 16 --steps 64 --save-every 8 $TRAIN
     distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
+    distil student-1-of-control "$dir/control/final" old --kl-coef 1                                # a better teacher
     distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1                # Table 6
     THESE_STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
     distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
@@ -208,7 +209,8 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     for steps in 16 32; do            # Table 8: on from the first student with the second signal; pi_old wrote the rollouts as before
       THESE_STEPS=$steps distil "candidate-$steps" "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 0.3
     done
-    evaluate "$dir/mse/step-0008" "$dir/mse/final" "$dir/student-1/final" "$dir/student-1-entropy/final" "$dir/student-1-max-kl/final" \
+    evaluate "$dir/mse/step-0008" "$dir/mse/final" "$dir/student-1/final" "$dir/student-1-of-control/final" \
+      "$dir/student-1-entropy/final" "$dir/student-1-max-kl/final" \
       "$dir/student-1-live/final" "$dir/student-2/final" "$dir/candidate-16/final" "$dir/candidate-32/final"
     pick ensemble candidate-16 candidate-32
     evaluate "$dir/ensemble/final"
@@ -226,7 +228,7 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     policy=$first/control/final       # and of the control
     data=$dir/control-rollouts
     again
-    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 1 --kl-kind exact
+    teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 3 --kl-kind exact
   done
   report "$out"
 }
