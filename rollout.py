@@ -12,19 +12,30 @@ the token ids exactly as they were sampled (nothing is ever tokenised again) and
 The same command continues an interrupted run: finished shards are kept. Read next: teacher.py.
 """
 import argparse
+import base64
+import concurrent.futures
 import contextlib
 import csv
+import decimal
+import functools
 import hashlib
+import io
 import json
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import pebble
@@ -34,9 +45,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SHARD_VERSION = 1
-PROMPT_FIELDS = ("problem", "question", "prompt", "Problem")
+PROMPT_FIELDS = ("problem", "question", "prompt", "Problem", "question_content")
 NO_ANSWER = ("", "nan", "inf", "-inf")                       # texts of values that nothing can be graded against
-ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth")
+ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth", "input_output")
 
 
 class InputError(ValueError):
@@ -192,6 +203,35 @@ def read_rows(path):
             raise InputError(f"{path} cannot be read: {error}") from error
 
 
+class PlainData(pickle.Unpickler):
+    """Reads pickles of text and numbers; anything that would name a class or function is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def livecodebench_row(where, row):
+    """A row of LiveCodeBench in the form of other code rows: prompt, and answer as the JSON text of {inputs, outputs, fn_name?}."""
+    try:
+        tests = json.loads(row["public_test_cases"])
+        private = row.get("private_test_cases") or "[]"
+        if not private.lstrip().startswith("["):            # base64(zlib(pickle(JSON text)))
+            private = PlainData(io.BytesIO(zlib.decompress(base64.b64decode(private)))).load()
+        tests += json.loads(private)
+        name = json.loads(row.get("metadata") or "{}").get("func_name")
+        if name:                                            # one JSON value per line of input is one argument
+            answer = {"inputs": [[json.loads(line) for line in t["input"].splitlines() if line.strip()] for t in tests],
+                      "outputs": [json.loads(t["output"]) for t in tests], "fn_name": name}
+        else:
+            answer = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests]}
+    except (KeyError, TypeError, ValueError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{where} has test cases that cannot be read: {one_line(error)}") from error
+    task = "Complete this code" if row.get("starter_code") else "Read the input from stdin and print the answer to stdout"
+    starter = f"\n\n```python\n{row['starter_code']}\n```" if row.get("starter_code") else ""
+    return {"prompt": f"{row['question_content']}\n\n{task}. Give the whole program in one Python code block.{starter}",
+            "answer": json.dumps(answer)}
+
+
 def pick_field(row, wanted, known):
     """Value of the first known field that the row has; dots go into nested objects."""
     for field in [wanted] if wanted else known:
@@ -213,6 +253,8 @@ def load_prompts(path, prompt_field=None, answer_field=None):
     for index, (where, row) in enumerate(read_rows(path)):
         if not isinstance(row, dict):
             raise InputError(f"{where} is not an object with named fields")
+        if "public_test_cases" in row and not prompt_field:
+            row = livecodebench_row(where, row)
         prompt = pick_field(row, prompt_field, PROMPT_FIELDS)
         answer = pick_field(row, answer_field, ANSWER_FIELDS)
         chat = isinstance(prompt, list) and all(
@@ -292,24 +334,195 @@ def verify_in_worker(answer, gold):
     return verify(parsed_gold, parse("\\boxed{" + answer + "}", parsing_timeout=None), timeout_seconds=None)   # gold first
 
 
+# ---- grading code: programs of a model are run where they can do no harm -----------------------------------------------
+
+FUNCTION_IMPORTS = """import bisect, collections, functools, heapq, itertools, json, math, random, re, string, sys
+from collections import *
+from functools import *
+from itertools import *
+from typing import *
+"""                                                         # what problems with starter code take for granted
+MARK = "<result of the call>"
+MEMORY, OUTPUT = 4 << 30, 16 << 20                          # bytes of address space per process, and of output
+# What runs inside: limits first, then the program. Only inputs come in: what a test expects never does.
+LAUNCHER = """
+import json, resource, sys
+limits, program, name, imports, mark = json.loads(sys.argv[1])
+for what, most in limits.items():
+    resource.setrlimit(getattr(resource, what), (most, most))
+scope = {"__name__": "__main__"}
+sys.argv = ["program.py"]
+with open(program, encoding="utf-8") as file:
+    source = file.read()
+if name:
+    exec(imports, scope)
+exec(compile(source, "program.py", "exec"), scope)
+if name:
+    call = scope[name] if name in scope else getattr(scope["Solution"](), name)
+    result = call(*json.loads(sys.stdin.read()))
+    print("\\n" + mark + json.dumps(result), flush=True)
+"""
+
+
+def extract_code(response):
+    """The program of a response: the last fenced block, as LiveCodeBench takes it; None without one."""
+    lines = response.splitlines()
+    fences = [i for i, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[fences[-2] + 1:fences[-1]]) if len(fences) >= 2 else None
+
+
+def readable_by_all(path):
+    """Whether any user can reach a file: all folders above it are open."""
+    return all(folder.stat().st_mode & 0o001 for folder in [Path(path), *Path(path).parents])
+
+
+@functools.cache
+def sandbox(unsafe=False):
+    """(command prefix that isolates, interpreter, user id to become or None): bubblewrap, else unshare; InputError if neither works.
+
+    Inside there is the interpreter and the system's libraries, read-only, an empty scratch folder, and nothing else: no home,
+    no network, no other process. Root becomes an unprivileged user, because the limit on processes does not hold for root.
+    """
+    python, user = os.path.realpath(sys.executable), None
+    if unsafe:
+        return [], python, None
+    if os.geteuid() == 0:
+        user = 65534                                        # nobody
+        python = next((p for p in (python, os.path.realpath("/usr/bin/python3")) if os.path.exists(p) and readable_by_all(p)), None)
+        if python is None:
+            raise InputError("programs cannot be isolated: you are root and no python can be reached by other users; "
+                             "install /usr/bin/python3, run as another user, or give --unsafe-code")
+    prefix = str(Path(python).parent.parent)
+    folders = [d for d in ("/usr", "/lib", "/lib64", "/bin", *([] if prefix.startswith("/usr") else [prefix])) if os.path.isdir(d)]
+    bubblewrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc", "--dev", "/dev",
+                  *(x for d in folders for x in ("--ro-bind", d, d)), "--size", str(64 << 20), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+    mounts = ["mount -t tmpfs -o size=64m none /mnt", "cd /mnt", "mkdir -p proc dev old scratch", "touch dev/null",
+              *(f"mkdir -p .{d} && mount --rbind {d} .{d} && mount -o remount,bind,ro .{d}" for d in folders),
+              "mount -t proc none proc", "mount --bind /dev/null dev/null", "mount -t tmpfs -o size=64m none scratch",
+              "mount -o remount,bind,ro /mnt", "pivot_root . old", "umount -l old", "cd /scratch",
+              'exec env -i setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"']       # root of its own box, without powers
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child=KILL",
+               "sh", "-ec", "; ".join(mounts), "sh"]
+    for command in (bubblewrap, unshare):
+        if shutil.which(command[0]) and run_program((command, python, user), "print(6 * 7)", "", 10.0) == "42\n":
+            return command, python, user
+    raise InputError("programs cannot be isolated on this machine: install bubblewrap (Debian: apt install bubblewrap), "
+                     "or give --unsafe-code to run them as yourself")
+
+
+def run_program(box, source, stdin, seconds, name=None):
+    """What a program prints within `seconds`, None if it fails, TimeoutError past the limit. box: of `sandbox`.
+
+    With `name` the program's function of that name (or the method of its class Solution) is called with the JSON list `stdin`.
+    """
+    command, python, user = box
+    limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": math.ceil(seconds) + 1, "RLIMIT_FSIZE": OUTPUT, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
+    if command:
+        limits["RLIMIT_NPROC"] = 32                         # in a box of its own the count starts at 0
+    with tempfile.TemporaryFile() as program, tempfile.TemporaryFile() as fed, tempfile.TemporaryFile() as printed:
+        for file, text in ((program, source), (fed, stdin)):
+            file.write(text.encode("utf-8", "replace"))
+            file.seek(0)
+        task = json.dumps([limits, program.fileno(), name, FUNCTION_IMPORTS, MARK])
+        process = subprocess.Popen([*command, python, "-I", "-c", LAUNCHER, task], stdin=fed, stdout=printed, stderr=subprocess.DEVNULL,
+                                   env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, cwd="/", start_new_session=True, pass_fds=[program.fileno()],
+                                   **({} if user is None else {"user": user, "group": user, "extra_groups": []}))
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)      # the whole group; the box dies with its first process
+            process.wait()
+        printed.seek(0)
+        return printed.read().decode("utf-8", "replace") if code == 0 else None
+
+
+def same_output(got, wanted):
+    """Equal line by line, white space at the ends aside; lines of numbers may be written differently, such as 1.50 and 1.5."""
+    def numbers(line):
+        try:
+            return [decimal.Decimal(word) for word in line.split()]
+        except decimal.InvalidOperation:
+            return None
+    got, wanted = (text.strip().split("\n") for text in (got, wanted if isinstance(wanted, str) else "\n".join(map(str, wanted))))
+    return len(got) == len(wanted) and all(
+        a.strip() == b.strip() or (numbers(a) is not None and numbers(a) == numbers(b)) for a, b in zip(got, wanted))
+
+
+def passes_tests(box, program, tests, seconds):
+    """Whether a program passes all of {inputs, outputs, fn_name?}; stops at the first that fails. Raises TimeoutError."""
+    name, deadline = tests.get("fn_name"), time.monotonic() + (seconds + 1) * len(tests["inputs"]) + 5
+    for given, wanted in zip(tests["inputs"], tests["outputs"], strict=True):
+        if time.monotonic() > deadline:                     # all of them together, as LiveCodeBench limits it
+            raise TimeoutError
+        stdin = json.dumps(given) if name else given if isinstance(given, str) else "\n".join(map(str, given))
+        printed = run_program(box, program, stdin, seconds, name)
+        if printed is None:
+            return False
+        if name:
+            _, found, result = printed.rpartition(MARK)
+            try:
+                if not found or json.loads(result) != wanted:
+                    return False
+            except ValueError:                              # the program printed the mark itself
+                return False
+        elif not same_output(printed, wanted):
+            return False
+    return True
+
+
+def grade_code(responses, answers, workers, timeout, stats, unsafe_code=False):
+    """1.0 where the last code block of a response passes all tests of its answer (JSON text of {inputs, outputs, fn_name?})."""
+    box = sandbox(unsafe_code)
+
+    def verdict(response, answer):
+        program = extract_code(response)
+        try:
+            tests = json.loads(answer) if isinstance(answer, str) else answer
+            usable = len(tests["inputs"]) == len(tests["outputs"]) > 0
+        except (ValueError, TypeError, KeyError):
+            usable = False
+        if not usable:
+            return "unparsable_gold"
+        if program is None:
+            return False
+        try:
+            return passes_tests(box, program, tests, timeout)
+        except TimeoutError:
+            return "timeouts"
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:     # threads only wait: the programs are processes
+        verdicts = list(threads.map(verdict, responses, answers))
+    for found in verdicts:
+        if isinstance(found, str):
+            stats[found] += 1
+    stats["verified"] += len(verdicts)
+    return [float(found is True) for found in verdicts]
+
+
 def grading_pool(workers):
     """Processes for math-verify, started when first needed; spawned, because a fork of a process with threads can deadlock."""
     return pebble.ProcessPool(max_workers=workers, initializer=start_worker, context=multiprocessing.get_context("spawn"))
 
 
-def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None):
+def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None, unsafe_code=False):
     """Grade responses (list of str) against gold answers (str, int, float or list of these): list of 1.0 right, 0.0 wrong.
 
+    task "code": answers are tests and responses hold programs, which run isolated (`sandbox`; InputError where that cannot be
+    done) with `timeout` seconds per test; all tests must pass. task "math":
     Identical strings and plain integers are decided at once, everything else by math-verify in worker processes that are
     killed and replaced after `timeout` seconds (`pool`: a grading_pool that is kept between calls; else one of `workers`).
     Each (answer, gold) pair is graded once. The dict `stats` receives counts: timeouts, errors, refused (too long or a
     tower of powers), unparsable_gold, verified (asked math-verify).
     """
-    if task != "math":
-        raise InputError(f"task {task!r} cannot be graded: only math is")
+    if task not in ("math", "code"):
+        raise InputError(f"task {task!r} cannot be graded: only math and code are")
     stats = {} if stats is None else stats
     for key in ("timeouts", "errors", "refused", "unparsable_gold", "verified"):
         stats.setdefault(key, 0)
+    if task == "code":
+        return grade_code(responses, answers, workers, timeout, stats, unsafe_code)
     pairs = [[(last_boxed(response), gold_text(g)) for g in (gold if isinstance(gold, list) else [gold])]
              for response, gold in zip(responses, answers, strict=True)]
     verdicts = {pair: quick_verdict(*pair, stats) for pair in dict.fromkeys(p for ps in pairs for p in ps)}
@@ -520,11 +733,11 @@ def grade_shard(tokenizer, prompts, responses, answers, args, stats, pool):
     flat = [r for group in responses for r in group]
     texts = tokenizer.batch_decode([r["ids"] for r in flat], skip_special_tokens=False)
     golds = [answers[index] for (index, _), group in zip(prompts, responses) for _ in group]
-    rewards = grade(texts, golds, args.task, args.workers, args.grade_timeout, stats, pool)
+    rewards = grade(texts, golds, args.task, args.workers, args.grade_timeout, stats, pool, args.unsafe_code)
     thinks = None
     if any("</think>" in text for text in texts):
         thinks = grade([t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts], golds, args.task,
-                       args.workers, args.grade_timeout, {}, pool)
+                       args.workers, args.grade_timeout, {}, pool, args.unsafe_code)
     if args.require_think_end:
         rewards = thinks or [0.0] * len(rewards)
     finished = [0.0 if r["truncated"] else 1.0 for r in flat]   # ours: a response cut off at the limit is wrong
@@ -533,6 +746,8 @@ def grade_shard(tokenizer, prompts, responses, answers, args, stats, pool):
 
 def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py."""
+    if args.task == "code":
+        sandbox(args.unsafe_code)                           # refuse before anything is sampled
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     problems = load_prompts(args.prompts, args.prompt_field, args.answer_field)
     answers = {p["index"]: p["answer"] for p in problems}
@@ -627,10 +842,11 @@ def parse_args(argv=None):
     arg("--shard-prompts", type=int, default=16, help="prompts per shard; with --engine hf also the batch, times n")
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     # Grading
-    arg("--task", choices=["math"], default="math", help="how rewards are decided")
+    arg("--task", choices=["math", "code"], default="math", help="math: the last box; code: the last code block passes all tests (Table 11)")
+    arg("--unsafe-code", action="store_true", help="run programs without isolation, as yourself")
     arg("--require-think-end", action="store_true", help="reward only answers after </think> (default: any last box)")
     arg("--workers", type=int, default=2, help="grading processes")
-    arg("--grade-timeout", type=float, default=10.0, help="seconds per answer")
+    arg("--grade-timeout", type=float, default=10.0, help="seconds per answer, or per test of a program")
     args = p.parse_args(argv)
     for name in ("n", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
         if getattr(args, name) < 1:

@@ -1,0 +1,140 @@
+"""Programs of a model: right ones are right, and hostile ones cost time at most. With bubblewrap, and without it."""
+import base64
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import time
+import zlib
+
+import pytest
+
+import conftest
+import rollout
+
+
+@pytest.fixture(params=["bwrap", "unshare"])
+def isolated(request, monkeypatch):
+    """Grade with one way of isolating; skipped where the machine does not have it."""
+    which = shutil.which
+    monkeypatch.setattr(rollout.shutil, "which", lambda name: which(name) if name == request.param else None)
+    rollout.sandbox.cache_clear()
+    try:
+        rollout.sandbox()
+    except rollout.InputError:
+        pytest.skip(f"{request.param} cannot isolate here")
+    yield request.param
+    rollout.sandbox.cache_clear()
+
+
+def verdict(program, inputs, outputs, name=None, timeout=2.0):
+    stats = {}
+    tests = {"inputs": inputs, "outputs": outputs} | ({"fn_name": name} if name else {})
+    reward, = rollout.grade([f"Here it is:\n```python\n{program}\n```\nDone."], [json.dumps(tests)], "code", timeout=timeout, stats=stats)
+    return reward, stats
+
+
+def test_right_and_wrong_programs_in_both_styles(isolated):
+    assert verdict("print(2 * int(input()))", ["3\n", "5"], ["6", "10\n"])[0] == 1
+    assert verdict("print(2 * int(input()))", ["3\n", "5"], ["6", "11"])[0] == 0
+    assert verdict("print('1.50', 2)\nprint()", [""], ["1.5 2.0"])[0] == 1
+    assert verdict("print('a b')", [""], ["a  b"])[0] == 0
+    assert verdict("x = input(", [""], ["6"])[0] == 0
+    assert verdict("print(6)\nraise SystemExit(1)", [""], ["6"])[0] == 0
+    assert verdict("def f(a, b):\n    print('noise')\n    return a + b", [[1, 2], [[1], [2]]], [3, [1, 2]], "f")[0] == 1
+    assert verdict("class Solution:\n    def f(self, a: List[int]) -> int:\n        return (max(a), heapq.nsmallest(1, a))",
+                   [[[3, 1]]], [[3, [1]]], "f")[0] == 1
+    assert verdict("def f(a):\n    return a", [[1], [2]], [1, 3], "f")[0] == 0
+    assert verdict("def g(a):\n    return a", [[1]], [1], "f")[0] == 0
+    assert verdict(f"def f(a):\n    print({rollout.MARK!r} + 'x')\n    raise SystemExit", [[1]], [1], "f")[0] == 0
+    assert rollout.grade(["no code", "```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'] * 2, "code") == [0, 1]
+    stats = {}
+    assert rollout.grade(["```\nprint(1)\n```"] * 2, ["not json", '{"inputs": []}'], "code", stats=stats) == [0, 0] and stats["unparsable_gold"] == 2
+
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "endless loop": "while True: pass",
+    "sleeps": "import time\ntime.sleep(100)",
+    "memory": "x = bytearray(10 << 30)\nprint(6)",
+    "output": "while True: print('x' * 10 ** 6)",
+    "deaf": "import signal\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "writes": "import pathlib\nfor f in ('/usr/erpd', '/tmp/erpd-was-here', '/erpd', OUTSIDE):\n    pathlib.Path(f).write_text('x')\nprint(6)",
+    "home": "import os\nprint(6 if os.listdir(HOME) else 0)",
+    "reads": "print(6 if open(SECRET).read() else 0)",
+    "socket": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)\nprint(6)",
+    "environment": "import os\nprint(6 if 'ERPD_SECRET' in os.environ else 0)",
+    "kills": "import os\nfor pid in {os.getppid(), PARENT, -1} - {0}:\n    try: os.kill(pid, 9)\n    except OSError: pass\nprint(7)",
+    "mounts": "import subprocess\nsubprocess.run(['mount', '-o', 'remount,bind,rw', '/usr'], check=True)\nprint(6)",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_cost_the_time_limit_at_most_and_change_nothing(isolated, name, tmp_path, monkeypatch):
+    import socket
+    monkeypatch.setenv("ERPD_SECRET", "1")
+    secret, outside = tmp_path / "secret", tmp_path / "outside"
+    secret.write_text("x")
+    tmp_path.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        values = {"SECRET": str(secret), "OUTSIDE": str(outside), "HOME": os.path.expanduser("~"), "PORT": server.getsockname()[1],
+                  "PARENT": os.getpid()}
+        program = "".join(f"{key} = {value!r}\n" for key, value in values.items()) + HOSTILE[name]
+        start = time.time()
+        reward, stats = verdict(program, [""], ["6"], timeout=1.0)
+    assert reward == 0 and time.time() - start < 6
+    assert stats["timeouts"] == (name in ("endless loop", "sleeps", "deaf"))
+    assert not outside.exists() and not os.path.exists("/tmp/erpd-was-here") and not os.path.exists("/usr/erpd")
+    assert rollout.MARK not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout       # no process is left
+
+
+def test_a_machine_that_cannot_isolate_refuses_before_sampling(monkeypatch, tmp_path, tiny, capsys):
+    monkeypatch.setattr(rollout.shutil, "which", lambda name: None)
+    rollout.sandbox.cache_clear()
+    with pytest.raises(rollout.InputError, match="--unsafe-code"):
+        rollout.grade(["```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'], "code")
+    assert rollout.grade(["```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'], "code", unsafe_code=True) == [1]
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(json.dumps({"prompt": "x", "input_output": '{"inputs": [""], "outputs": ["1"]}'}) + "\n")
+    assert conftest.run_here("rollout.py", "--model", tiny[0], "--prompts", problems, "--out", tmp_path / "r", "--task", "code", "-n", 2,
+                             "--max-tokens", 4, "--engine", "hf") == 2
+    assert "bubblewrap" in capsys.readouterr().err and not (tmp_path / "r").exists()
+    rollout.sandbox.cache_clear()
+
+
+def test_code_is_the_last_fenced_block():
+    assert rollout.extract_code("```python\na\n```\ntext\n```py\nb\nc\n```<end>") == "b\nc"
+    assert rollout.extract_code("no fence") is None and rollout.extract_code("```one") is None
+
+
+def livecodebench_row(private, **more):
+    return {"question_content": "Double it.", "starter_code": "", "public_test_cases": json.dumps([{"input": "1\n", "output": "2", "testtype": "stdin"}]),
+            "private_test_cases": private, "metadata": "{}", **more}
+
+
+def packed(value):
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def test_code_problems_of_both_sources_load(tmp_path):
+    areal, lcb = {"inputs": ["1"], "outputs": ["2"]}, json.dumps([{"input": "2\n", "output": "4", "testtype": "stdin"}])
+    call = livecodebench_row(json.dumps([{"input": "[1, 2]\n\"x\"", "output": "[2]"}]), metadata='{"func_name": "f"}', starter_code="class Solution:",
+                             public_test_cases='[{"input": "[]\\n\\"y\\"", "output": "0"}]')
+    rows = [{"prompt": "P", "input_output": json.dumps(areal)}, livecodebench_row(lcb), livecodebench_row(packed(lcb)), call]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = rollout.load_prompts(tmp_path / "c.jsonl")
+    answers = [json.loads(p["answer"]) for p in loaded]
+    assert answers[0] == areal and answers[1] == answers[2] == {"inputs": ["1\n", "2\n"], "outputs": ["2", "4"]}
+    assert answers[3] == {"inputs": [[[], "y"], [[1, 2], "x"]], "outputs": [0, [2]], "fn_name": "f"}
+    assert "Double it." in loaded[1]["prompt"] and "class Solution:" in loaded[3]["prompt"]
+
+
+def test_a_pickle_that_is_more_than_text_is_refused_and_runs_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+    (tmp_path / "c.jsonl").write_text(json.dumps(livecodebench_row(packed(Bomb()))) + "\n")
+    with pytest.raises(rollout.InputError, match="c.jsonl:1 has test cases that cannot be read"):
+        rollout.load_prompts(tmp_path / "c.jsonl")
+    assert not (tmp_path / "exploded").exists()
