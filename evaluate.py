@@ -13,9 +13,11 @@ Samples are ordinary rollout shards beside the results, so an interrupted evalua
 a model wrote. One row per (checkpoint, benchmark) says with which settings. Nobody imports this file.
 """
 import argparse
+import concurrent.futures
 import fcntl
 import gc
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -23,14 +25,16 @@ import os
 import re
 import statistics
 import time
+import urllib.request
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
+from tqdm import tqdm
 
-from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, load_prompts, load_shards, load_tokenizer,
-                     resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic, write_json)
+from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts, load_shards, load_tokenizer,
+                     one_line, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic, write_json)
 from rollout import parse_args as parse_rollout_args
 from teacher import find_old, load_rollouts, score, setup_ddp
 
@@ -89,25 +93,89 @@ def default_top_k(model):
     return json.loads(path.read_text()).get("top_k") or -1 if path.exists() else -1
 
 
+# ---- an LLM as judge of answers that the rules call wrong (Sec. 4.1) -----------------------------------------------------
+
+JUDGE_PROMPT = """Problem:
+{problem}
+
+Reference answer: {gold}
+Given answer: {answer}
+
+Do the two answers mean the same? Differences of notation do not matter. End with one word, YES or NO."""
+
+
+def ask_judge(url, model, question, timeout=120.0, tries=3, wait=2.0):
+    """True, False, or None for a reply without a verdict; OSError if an OpenAI-compatible endpoint gives none in `tries`."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0.0}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    request = urllib.request.Request(url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions", body, headers)
+    for attempt in range(1, tries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                text = json.load(reply)["choices"][0]["message"]["content"]
+                break
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:     # 500, time-out, no JSON
+            if attempt == tries:
+                raise OSError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
+            time.sleep(wait * attempt)
+    words = re.findall(r"\b(yes|no)\b", str(text), re.IGNORECASE)
+    return words[-1].lower() == "yes" if words else None
+
+
+def judge(args, problems, responses, indices, wrong, path):
+    """(accepted by the judge [N], counts). The boxed answers of the responses in `wrong` [N] are asked, equal ones once.
+
+    Verdicts are kept in `path`, so a second run asks only what is missing. Raises OSError if no question gets an answer.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    keys = {}                                               # position of a wrong response -> (key, question)
+    for n in wrong.nonzero()[:, 0].tolist():
+        answer, problem = last_boxed(responses[n]), problems[indices[n].item()]
+        if answer:
+            gold = problem["answer"]
+            question = JUDGE_PROMPT.format(problem=problem["prompt"] if isinstance(problem["prompt"], str) else problem["prompt"][-1]["content"],
+                                           gold=" or ".join(map(str, gold)) if isinstance(gold, list) else gold, answer=answer[:1000])
+            keys[n] = (hashlib.sha256(question.encode()).hexdigest(), question)
+    missing, errors = {key: question for key, question in keys.values() if key not in kept}, []
+
+    def answer_one(item):
+        try:
+            return item[0], ask_judge(args.judge_url, args.judge_model, item[1], args.judge_timeout)
+        except OSError as error:
+            errors.append(error)
+            return item[0], "unanswered"
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        found = dict(tqdm(threads.map(answer_one, missing.items()), total=len(missing), desc="judge", leave=False))
+    if missing and len(errors) == len(missing):
+        raise errors[0]
+    kept |= {key: verdict for key, verdict in found.items() if verdict != "unanswered"}
+    write_json(path, kept)
+    verdicts = {n: kept.get(key, "unanswered") for n, (key, _) in keys.items()}
+    accepted = torch.tensor([verdicts.get(n) is True for n in range(len(wrong))])
+    counts = {"asked": len(verdicts), "yes": sum(v is True for v in verdicts.values()), "unclear": sum(v is None for v in verdicts.values()),
+              "unanswered": sum(v == "unanswered" for v in verdicts.values())}
+    return accepted, counts
+
+
 def evaluate(model, benchmark, args, pool, rank, world):
     """Sample, grade and score one checkpoint on one benchmark: the row of results.jsonl (None if it is there already)."""
     name, file, k = benchmark
     start, fingerprint = time.time(), checkpoint_fingerprint(model)
     top_k = default_top_k(model) if args.top_k is None else args.top_k
     wanted = {"model": str(model), "model_fingerprint": fingerprint, "base": args.base, "benchmark": name, "k": k, "top_k": top_k,
-              **{key: getattr(args, key) for key in ("temperature", "top_p", "max_tokens", "seed", "prompt_suffix")},
+              **{key: getattr(args, key) for key in ("temperature", "top_p", "max_tokens", "seed", "prompt_suffix", "judge_model", "task")},
               "problems_sha256": hashlib.sha256(Path(file).read_bytes() if Path(file).is_file() else file.encode()).hexdigest()}
-    if any(all(row.get(key) == value for key, value in wanted.items()) for row in read_results(args.out)):
+    if any(all(row.get(key, {"task": "math"}.get(key)) == value for key, value in wanted.items()) for row in read_results(args.out)):
         return None
 
-    sampling = {key: value for key, value in wanted.items() if key not in ("model", "base")}      # copies share their samples
+    sampling = {key: value for key, value in wanted.items() if key not in ("model", "base", "judge_model")}   # copies share their samples
     settings = hashlib.sha256(json.dumps([file, sampling], default=str).encode()).hexdigest()[:8]
     folder = args.out.parent / "samples" / name / f"{fingerprint[:16]}-{settings}"
     rollout_args = parse_rollout_args([
         "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", "0", "--n", str(k), "--top-k", str(top_k),
-        *(x for key in ("temperature", "top_p", "max_tokens", "seed", "engine", "tensor_parallel", "shard_prompts", "prompt_suffix", "workers")
+        *(x for key in ("temperature", "top_p", "max_tokens", "seed", "engine", "tensor_parallel", "shard_prompts", "prompt_suffix", "workers", "task", "grade_timeout")
           for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))),
-        *(["--trust-remote-code"] if args.trust_remote_code else [])])
+        *(["--trust-remote-code"] if args.trust_remote_code else []), *(["--unsafe-code"] if args.unsafe_code else [])])
     sample_rollouts(rollout_args, pool, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
     gc.collect()                                            # the engine's model, before ours is loaded
     if world > 1:
@@ -124,12 +192,20 @@ def evaluate(model, benchmark, args, pool, rank, world):
     if rank == 0 and any(grading := {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}.values()):
         print(f"grading {name}: " + ", ".join(f"{k} {v}" for k, v in grading.items()))
 
+    judged = counts = None
+    if args.judge_url and rank == 0:
+        tokenizer, bounds = load_tokenizer(model, args.trust_remote_code), data["response_offsets"]
+        ids = [data["input_ids"][b - (r1 - r0):b] for b, r0, r1 in zip(data["offsets"][1:], bounds, bounds[1:])]
+        accepted, counts = judge(args, {p["index"]: p for p in load_prompts(file)}, tokenizer.batch_decode(ids), data["prompt_index"],
+                                 (data["reward"] == 0) & ~data["truncated"], folder / f"judge-{re.sub(r'[^A-Za-z0-9.-]+', '_', args.judge_model)}.json")
+        judged = (data["reward"].bool() | accepted).double().mean().item()
+        print(f"judge {args.judge_model} on {name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
     right = data["reward"].view(-1, k).sum(1)               # the K responses of a problem stand together
     avg, se = avg_at_k(right, k)
     think = data["reward_think"].mean().item() if "reward_think" in data else None
     meta = data["meta"]
     return {**wanted, "n_problems": len(right), "avg_at_k": avg, "se": se, "correct_per_problem": right.int().tolist(),
-            "avg_at_k_think": think, "avg_at_k_judge": None, "pass_at_k": (right > 0).double().mean().item(),
+            "avg_at_k_think": think, "avg_at_k_judge": judged, "judge": counts, "pass_at_k": (right > 0).double().mean().item(),
             "mean_length": data["response_offsets"].diff().double().mean().item(),
             "truncated": data["truncated"].double().mean().item(), "entropy": entropy, "kl": kl,
             "engine": meta["engine"], "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
@@ -634,9 +710,18 @@ def parse_args(argv=None):
     arg("--tensor-parallel", type=int, default=1, help="GPUs per vLLM engine")
     arg("--shard-prompts", type=int, default=16, help="problems per shard of samples; with --engine hf also the batch, times K")
     arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass when scoring")
+    # Grading
+    arg("--task", choices=["math", "code"], default="math", help="as in rollout.py")
     arg("--workers", type=int, default=2, help="grading processes")
+    arg("--grade-timeout", type=float, default=10.0, help="seconds per answer, or per test of a program (LiveCodeBench: 6)")
+    arg("--unsafe-code", action="store_true", help="run programs without isolation, as yourself")
+    arg("--judge-url", help="OpenAI-compatible endpoint that is asked about answers the rules call wrong; key in OPENAI_API_KEY (Sec. 4.1)")
+    arg("--judge-model", help="its name there")
+    arg("--judge-timeout", type=float, default=120.0, help="seconds per question, three tries")
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = p.parse_args(argv)
+    if bool(args.judge_url) != bool(args.judge_model) or args.judge_url and args.task == "code":
+        p.error("--judge-url and --judge-model belong together, and to --task math")
     if not args.report and not args.movement and not (args.model and (args.data or args.pick)):
         p.error("give --model and --data, or --model and --pick, --movement RUN, or --report RUNDIR")
     return args
@@ -671,6 +756,7 @@ def main():
                 append_result(args.out, row)
                 kl = "" if row["kl"] is None else f" | KL(new,base) {row['kl']:.4f}"
                 kl += "" if row["entropy"] is None else f" | entropy {row['entropy']:.3f}"
+                kl += "" if row["avg_at_k_judge"] is None else f" | with the judge {row['avg_at_k_judge']:.3f}"
                 print(f"{model} on {benchmark[0]}: AVG@{row['k']} {row['avg_at_k']:.3f} ± {row['se']:.3f}{kl} | "
                       f"pass@{row['k']} {row['pass_at_k']:.3f} | length {row['mean_length']:.1f} | "
                       f"truncated {row['truncated']:.3f} | {row['seconds']:.0f} s")
