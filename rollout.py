@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import csv
 import decimal
+import fractions
 import functools
 import hashlib
 import io
@@ -243,11 +244,20 @@ def pick_field(row, wanted, known):
     return None
 
 
-def load_prompts(path, prompt_field=None, answer_field=None):
+def pass_rate(where, value):
+    """POLARIS writes a problem's difficulty as the pass rate of a small model, '3/8'; a number is taken as it is."""
+    try:
+        return float(fractions.Fraction(str(value).replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{where} has the difficulty {value!r}: --difficulty needs a pass rate such as 3/8 or 0.4") from error
+
+
+def load_prompts(path, prompt_field=None, answer_field=None, difficulty=None):
     """Read problems and answers: list of dict(prompt, answer, index), in the order of the file.
 
     `prompt` is a str or a chat list of {role, content}; `answer` a str, int, float or a list of answers any of which is
-    right; `index` the row. Known layouts are recognised by their field names. Raises InputError that names the row.
+    right; `index` the row. Known layouts are recognised by their field names. difficulty: (lowest, highest) pass rate that
+    is kept, both included, of the field of that name (POLARIS). Raises InputError that names the row.
     """
     prompts = []
     for index, (where, row) in enumerate(read_rows(path)):
@@ -255,6 +265,8 @@ def load_prompts(path, prompt_field=None, answer_field=None):
             raise InputError(f"{where} is not an object with named fields")
         if "public_test_cases" in row and not prompt_field:
             row = livecodebench_row(where, row)
+        if difficulty and not difficulty[0] <= pass_rate(where, row.get("difficulty")) <= difficulty[1]:
+            continue
         prompt = pick_field(row, prompt_field, PROMPT_FIELDS)
         answer = pick_field(row, answer_field, ANSWER_FIELDS)
         chat = isinstance(prompt, list) and all(
@@ -269,7 +281,7 @@ def load_prompts(path, prompt_field=None, answer_field=None):
                              f"add it or name its field with --answer-field")
         prompts.append({"prompt": prompt, "answer": answer, "index": index})
     if not prompts:
-        raise InputError(f"{path} holds no prompts")
+        raise InputError(f"{path} holds no prompts" + (f" of difficulty {difficulty[0]:g} to {difficulty[1]:g}" if difficulty else ""))
     return prompts
 
 
@@ -304,14 +316,21 @@ def gold_text(gold):
     return str(int(gold)) if isinstance(gold, float) and gold == int(gold) else str(gold).strip()
 
 
+EXPLODES = re.compile(r"""(\^|\*\*)\s*(\{[^{}]*|\([^()]*|\\?\w+\s*)(\^|\*\*)    # a power in an exponent
+    | (\^|\*\*)\s*[{(]?\s*[+-]?\d{5}                                      # an exponent of five digits
+    | \d{4}\s*\)?\s*! | \^\s*\{?\w+\}?\s*\)?\s*! | !\s*\)\s*!             # a factorial of a large number, a power or a factorial
+    | binom\s*\{[^{}]*(\^|\d{4})
+    | \\(sum|prod|int|lim)\b                                             # nobody's final answer""", re.VERBOSE | re.DOTALL)
+
+
 def quick_verdict(answer, gold, stats):
     """1.0 or 0.0 where no mathematics is needed, else None."""
     if answer is None:
         return 0.0
     if answer == gold:
         return 1.0
-    if len(answer) > 1000 or re.search(r"(\^|\*\*)\s*(\{[^{}]*|\([^()]*|\\?\w+\s*)(\^|\*\*)", answer):
-        stats["refused"] += 1                               # a power in an exponent makes computer algebra run for ever
+    if len(answer) > 1000 or EXPLODES.search(answer):
+        stats["refused"] += 1                               # computer algebra would run for ever, or fill the memory
         return 0.0
     integer = r"[+-]?\d+"
     if re.fullmatch(integer, answer) and re.fullmatch(integer, gold):
@@ -749,11 +768,15 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     if args.task == "code":
         sandbox(args.unsafe_code)                           # refuse before anything is sampled
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    problems = load_prompts(args.prompts, args.prompt_field, args.answer_field)
+    problems = load_prompts(args.prompts, args.prompt_field, args.answer_field, args.difficulty)
     answers = {p["index"]: p["answer"] for p in problems}
     if args.num_prompts and args.num_prompts < len(problems):
         problems = random.Random(args.seed).sample(problems, args.num_prompts)
     encoded = [(p["index"], encode_prompt(tokenizer, p["prompt"], args.prompt_suffix)) for p in problems]
+    fitting = [(index, ids) for index, ids in encoded if len(ids) <= (args.max_prompt_tokens or math.inf)]
+    too_long, encoded = len(encoded) - len(fitting), fitting
+    if not encoded:
+        raise InputError(f"every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
     slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
 
     engine = pick_engine(args.engine)
@@ -762,7 +785,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     prompt_hash = hashlib.sha256(json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode()).hexdigest()
     meta = {"model": str(args.model), "model_fingerprint": checkpoint_fingerprint(args.model),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), **settings, "engine": engine, "engine_version": version,
-            "prompts": str(args.prompts), "prompts_sha256": prompt_hash, "num_prompts": len(problems),
+            "prompts": str(args.prompts), "prompts_sha256": prompt_hash, "num_prompts": len(problems), "too_long_prompts": too_long,
             "prompt_suffix": args.prompt_suffix, "task": args.task, "require_think_end": args.require_think_end,
             "shard_prompts": args.shard_prompts, "shards": len(slices)}
     paths = [Path(args.out) / f"shard-{i:05d}.pt" for i in range(len(slices))]
@@ -808,11 +831,11 @@ def summarize(folder, rate):
                "all_wrong": sum(g.max() == 0 for g in groups).item() / len(groups) if groups else 0.0,
                "mean_length": r["response_offsets"].diff().float().mean().item(),
                "truncated": r["truncated"].float().mean().item(),
-               "tok_per_s": rate, **{f"grading_{k}": v for k, v in grading.items()}}
+               "too_long_prompts": r["meta"].get("too_long_prompts", 0), "tok_per_s": rate, **{f"grading_{k}": v for k, v in grading.items()}}
     write_json(Path(folder) / "rollouts.json", {"summary": summary, "meta": r["meta"]})
     print(f"{folder}: {summary['responses']:,} responses to {summary['prompts']:,} prompts | right {summary['pass_rate']:.3f} | "
           f"all right {summary['all_right']:.3f} | all wrong {summary['all_wrong']:.3f} | length {summary['mean_length']:.1f} | "
-          f"truncated {summary['truncated']:.3f} | grading time-outs {grading.get('timeouts', 0)}"
+          f"truncated {summary['truncated']:.3f} | prompts left out as too long {summary['too_long_prompts']} | grading time-outs {grading.get('timeouts', 0)}"
           + (f" | {rate:,.0f} tok/s" if rate else ""))
 
 
@@ -824,6 +847,8 @@ def parse_args(argv=None):
     arg("--prompts", required=True, help=".jsonl, .json, .csv, .parquet or a hub data set with problems and answers")
     arg("--out", type=Path, required=True, help="folder of the shards")
     arg("--num-prompts", type=int, default=1000, help="a random N of the prompts by --seed, 0 for all in order (Sec. 4.1: 1,000)")
+    arg("--difficulty", type=float, nargs=2, metavar=("LOW", "HIGH"), help="keep problems with this pass rate in their difficulty field (POLARIS)")
+    arg("--max-prompt-tokens", type=int, help="leave out longer prompts, and count them")
     arg("--prompt-field", help="field of the problem, if it has an unusual name")
     arg("--answer-field", help="field of the gold answer, if it has an unusual name")
     arg("--prompt-suffix", default="", help="text added to every problem, such as an instruction to box the answer")

@@ -742,6 +742,10 @@ def main():
     gap = (rollouts["sampler_logp"] - old_logp).abs().nanmean().item()              # NaN where the sampler reported none
     if rank == 0 and math.isfinite(gap):
         print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
+        summary = args.rollouts / "rollouts.json"
+        if summary.exists():                                # beside what rollout.py says of the batch
+            kept = json.loads(summary.read_text())
+            write_json(summary, kept | {"summary": kept["summary"] | {"sampler_gap": gap}})
     step, save = newest_save(args.out)
     lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
     exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # the one case with two models in memory

@@ -1,12 +1,15 @@
 """Prompts, grading, shards and batches: nothing lost, nothing doubled, nothing misread."""
 import json
 import math
+import time
+import multiprocessing
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import conftest
 import evaluate
 import rollout
 import teacher
@@ -187,3 +190,36 @@ def test_students_are_compared_with_any_stopping_point_of_a_path():
     assert gains == [None] and ratios[0] == pytest.approx(0.5)                          # nowhere within the student's KL
     assert evaluate.matched({"0": run("base", (0.01, 0.39))}, [teacher], rows)[1] == [None]     # no better than the base
     assert evaluate.ratio_cell([0.5, None, math.inf]) == "0.50; rival never as accurate in 1 of 3; no better than the start in 1 of 3"
+
+
+def test_difficulty_is_a_pass_rate_and_long_prompts_are_left_out_and_counted(tiny, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"problem": "1+" * (5 * i) + "1", "answer": 1, "difficulty": f"{i}/8"}) + "\n" for i in range(9)))
+    assert [p["index"] for p in rollout.load_prompts(path, difficulty=(0.125, 0.5))] == [1, 2, 3, 4]
+    with pytest.raises(rollout.InputError, match="holds no prompts of difficulty"):
+        rollout.load_prompts(path, difficulty=(0.9, 0.95))
+    command = ["rollout.py", "--model", tiny[0], "--prompts", path, "--engine", "hf", "-n", 2, "--max-tokens", 4, "--num-prompts", 0]
+    assert conftest.run_here(*command, "--out", tmp_path / "r", "--difficulty", 0.1, 0.6, "--max-prompt-tokens", 30) == 0
+    summary = json.loads((tmp_path / "r" / "rollouts.json").read_text())["summary"]
+    assert summary["too_long_prompts"] > 0 and summary["prompts"] + summary["too_long_prompts"] == 4
+    assert conftest.run_here(*command, "--out", tmp_path / "none", "--max-prompt-tokens", 1) == 2 and not (tmp_path / "none").exists()
+    path.write_text('{"problem": "1", "answer": 1, "difficulty": "hard"}\n')
+    with pytest.raises(rollout.InputError, match="p.jsonl:1 has the difficulty 'hard'"):
+        rollout.load_prompts(path, difficulty=(0, 1))
+
+
+def test_2000_adversarial_answers_are_graded_in_time_without_a_hang_a_crash_or_a_left_process():
+    hostile = ["\\boxed{" + "{" * 10_000 + "1" + "}" * 10_000 + "}", "\\boxed{9^{9^{9^9}}}", "\\boxed{" + "7" * 1_000_000 + "}",
+               "\\boxed{\\frac{1}{", "\\boxed{\\left(\\sqrt{2}}", "\\boxed{1\0 2}", "\0" * 1000, "\\boxed{1}" * 10, "", "\\boxed{}",
+               "\\boxed{\\frac{1}{0}}", "\\boxed{10^{10^{10}}!}", "\\boxed{" * 5000, "\\boxed{\\int_0^\\infty e^{-x^2} dx}", "\\boxed{x^{x^{x}}}",
+               "\\boxed{(((((((((1)))))))))}", "\\boxed{2**2**2**2**2**2}", "\\boxed{\\sum_{k=1}^{10^{9}} k^{k}}", "\\boxed{12345678901234567890!}",
+               "\\boxed{" + "1+" * 400 + "1}"]
+    hostile += ["\\boxed{10^{1000000000}}", "\\boxed{99999^{999999}}", "\\boxed{\\binom{10^9}{10^8}}", "\\boxed{\\prod_{k=1}^{100000} k}",
+                "\\boxed{(9!)!}"]
+    responses = [f"{i} " + h.replace("1", str(1 + i // len(hostile) % 8), 1) for i, h in enumerate((hostile * 100)[:2000])]
+    before = multiprocessing.active_children()
+    start, stats = time.time(), {}
+    rewards = rollout.grade(responses, ["\\frac{3}{7}"] * len(responses), stats=stats, timeout=2.0)
+    assert len(rewards) == 2000 and sum(rewards) == 0 and time.time() - start < 60
+    assert multiprocessing.active_children() == before
+    assert rollout.grade(["\\boxed{\\frac{6}{14}}", "\\boxed{3/7}"], ["\\frac{3}{7}"] * 2) == [1, 1]
