@@ -479,14 +479,14 @@ def losses_section(plt, validation, test, base_row, path):
         by_step = rows_by_step({seed: test[loss][seed] for seed in on_test[loss]})
         accuracy, se = zip(*[accuracy_and_se(rows) for rows in by_step.values()])
         kl = [statistics.fmean(row["kl"] for row in rows) for rows in by_step.values()]
-        for axes, x, start in ((panels[0], list(by_step), 0), (panels[1], kl, 1e-3)):
+        for axes, x in ((panels[0], list(by_step)), (panels[1], kl)):
             axes.errorbar(x, accuracy, yerr=se, fmt="o-", markersize=3, linewidth=1.2, capsize=2, color=colour, label=loss.upper())
     for axes, label in zip(panels, ("optimizer step", "reverse KL to the base (nats per token, log scale)")):
         axes.axhline(base_row["avg_at_k"], color=COLOURS["base"], linestyle=":", label="base")
         axes.set(xlabel=label, ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
         axes.grid(alpha=0.25)
     panels[1].set_xscale("log")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -631,7 +631,7 @@ def movement_section(plt, runs, path):
             markdown_table(["student", "mean", "std", "kurtosis", "1 %", "50 %", "99 %", "share below 0 on positives"], statistics_of)]
 
 
-def report(folder):
+def report(folder, title=""):
     """Write FOLDER/report.md and FOLDER/figures/*.png; print the table of rounds."""
     import matplotlib
     matplotlib.use("Agg")
@@ -648,7 +648,7 @@ def report(folder):
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     (folder / "figures").mkdir(exist_ok=True)
 
-    text = [f"# Extreme Region Policy Distillation: report of {folder.name}\n",
+    text = [f"# Extreme Region Policy Distillation: report of {folder.name}{title and f' ({title})'}\n",
             f"Benchmark `{benchmark}`: {base_row['n_problems']} problems x {base_row['k']} samples at temperature "
             f"{base_row['temperature']:g}, top-p {base_row['top_p']:g}; {len(seeds)} seed(s) of rollouts and training "
             f"({', '.join(seeds)}). With several seeds, ± is the standard error over seeds; *sampling s.e.* is the part that comes from "
@@ -689,6 +689,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     arg("--report", type=Path, metavar="RUNDIR", help="write RUNDIR/report.md and figures from finished runs, measure nothing")
+    arg("--title", default="", help="with --report: what the results are of")
     arg("--movement", nargs="+", type=Path, metavar="RUN", help="runs of distill.py: which tokens moved (Fig. 7), into their run.json")
     arg("--pick", metavar="BENCHMARK", help="print the best of --model by the rows in --out; measure nothing")
     arg("--margin", type=float, default=0.0, help="with --pick: keep the first unless another leads by so many standard errors")
@@ -732,7 +733,7 @@ def main():
     if args.report:
         if not args.report.is_dir():
             raise InputError(f"{args.report} is not a folder: give the one that holds results.jsonl")
-        return report(args.report)
+        return report(args.report, args.title)
     if args.pick:
         return print(pick(args.out, args.pick, args.model, args.margin))
     if args.movement:

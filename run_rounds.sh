@@ -292,7 +292,7 @@ teach() {                             # teach NAME FLAGS...   a teacher of $poli
 
 report() {                            # report FOLDER   anew if there are new results
   if [ -n "${DRY_RUN:-}" ] || [ ! -e "$1/report.md" ] || [ "$1/results.jsonl" -nt "$1/report.md" ]; then
-    step "" python evaluate.py --report "$1"
+    step "" python evaluate.py --report "$1" --title "demonstration world"
   fi
   echo "report: $1/report.md"
 }
