@@ -202,7 +202,7 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     distil student-1 "$dir/teacher/final" old --kl-coef 1                                           # strategy 1
     distil student-1-of-control "$dir/control/final" old --kl-coef 1                                # a better teacher
     distil student-1-entropy "$dir/teacher/final" old --kl-coef 1 --entropy-coef 0.1                # Table 6
-    THESE_STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --kl-coef 1 --max-kl 0.01             # Eq. 7
+    THESE_STEPS=32 distil student-1-max-kl "$dir/teacher/final" old --max-kl 0.01                         # Eq. 7, no KL term
     distil student-1-live "$dir/teacher/final" live --kl-coef 1                                     # Fig. 7
     distil student-2 "$dir/mse/final" "$dir/mse/step-0008" --kl-coef 0.3                            # strategy 2
     policy=$dir/student-1/final
