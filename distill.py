@@ -271,7 +271,8 @@ def main():
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
             bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
-                      + (f"kl(new,old) {kl:.4f} | " if args.max_kl else "") + f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
+                      + (f"kl(new,old) {kl:.4f} | " if args.max_kl else "") + f"entropy {m['entropy']:.3f} | "
+                      f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
             if step % args.save_every == 0:
                 save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
     if rank == 0:
