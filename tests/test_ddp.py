@@ -48,11 +48,12 @@ def test_two_ranks_match_one_process_in_distillation(tiny, tmp_path):
     model, rollouts, other = tiny
     for nproc in (1, 2):
         run(nproc, "distill.py", "--student", model, "--teacher", other, "--rollouts", rollouts, "--out", tmp_path / str(nproc),
-            "--kl-coef", 0.1, "--kl-kind", "exact", "--entropy-coef", 0.01, "--micro-tokens", 120, *COMMON)
+            "--kl-coef", 0.1, "--kl-kind", "exact", "--entropy-coef", 0.01, "--max-kl", 10, "--micro-tokens", 120, *COMMON)
     assert largest_gap(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-5
     first, second = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "12")
     for a, b in zip(first, second, strict=True):                    # Adam does not see a factor on the gradient; these do
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["kl_new_old"] == pytest.approx(b["kl_new_old"], rel=1e-4) and a["kl_new_old"] > 0
 
 
 LOSSES = {
