@@ -196,6 +196,7 @@ fig6() {                              # Fig. 6: accuracy against KL, of every st
     dir=$first
     teach teacher --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32
     teach control --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 3 --kl-kind exact     # one stage, the students' kind of KL
+    teach control-10 --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 32 --kl-coef 10 --kl-kind exact
     THESE_STEPS=48 teach control-sapo --loss sapo --lr 1e-4 --batch-prompts 32                      # one stage, no KL term
     step "$dir/mse/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$dir/mse" --seed "$seed" \
       --loss mse --lr 5e-4 --batch-prompts 16 --steps 64 --save-every 8 $TRAIN
