@@ -305,12 +305,15 @@ def last_rows(seeds):
 
 
 def rows_by_step(seeds):
-    """{step: rows of all seeds}, for the steps that every seed has evaluated; if there is none, their last, as '7/9'."""
+    """{step: rows of all seeds}, for the steps that every seed has evaluated."""
     paths = [dict(run["path"]) for run in seeds.values()]
-    common = {step: [path[step] for path in paths] for step in sorted(set.intersection(*map(set, paths)))}
-    if not common and all(paths):                           # runs that ended at different steps, as with --max-kl
-        return {"/".join(str(max(path)) for path in paths): [path[max(path)] for path in paths]}
-    return common
+    return {step: [path[step] for path in paths] for step in sorted(set.intersection(*map(set, paths)))}
+
+
+def table_rows(seeds):
+    """rows_by_step for a table: runs that share no step, as with --max-kl, give one line of their last, with steps such as '7/9'."""
+    last = [run["path"][-1] for run in seeds.values() if run["path"]]
+    return rows_by_step(seeds) or ({"/".join(str(step) for step, _ in last): [row for _, row in last]} if last else {})
 
 
 def mean_se(values):
@@ -564,7 +567,7 @@ def kl_section(plt, runs, rows, base_row, path):
             line += [cell(gains, 1), ratio_cell(ratios)]
         lines.append(line)
     paths = sorted(label for label in runs if label.split("/")[-1].startswith(("teacher", "control")) and rows_by_step(runs[label]))
-    path_lines = [[label, step, *row_cells(at_step)] for label in paths for step, at_step in rows_by_step(runs[label]).items()]
+    path_lines = [[label, step, *row_cells(at_step)] for label in paths for step, at_step in table_rows(runs[label]).items()]
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
     axes.plot(0, base_row["avg_at_k"], "s", color=COLOURS["base"], label="base")
@@ -659,7 +662,7 @@ def report(folder, title=""):
     if "student-1" in runs:
         text += kl_section(plt, runs, [row for row in rows if row["benchmark"] == benchmark], base_row, folder / "figures" / "fig6.png")
     text += movement_section(plt, runs, folder / "figures" / "movement.png")
-    if set(runs) & set(PAPER_TABLE1):
+    if len(set(runs) & set(PAPER_TABLE1)) > 1:
         text += losses_section(plt, read_runs(folder, rows, "validation"), runs, base_row, folder / "figures" / "losses.png")
     summary = "\n".join(line for line in text[1:] if not line.startswith(("#", "!")))
     for label, name, heading in (("round1/teacher", "teacher", "The first teacher: many off-policy steps on one fixed batch (Fig. 4)"),
@@ -671,7 +674,7 @@ def report(folder, title=""):
     text += ["## Every evaluated checkpoint\n",
              "An earlier teacher checkpoint may do as well as a student: look here before believing the table above.\n",
              markdown_table(["run", "step", *ROW_HEADER], [["base", "-", *row_cells([base_row])]] + [
-                 [label, step, *row_cells(at_step)] for label in runs for step, at_step in rows_by_step(runs[label]).items()])]
+                 [label, step, *row_cells(at_step)] for label in runs for step, at_step in table_rows(runs[label]).items()])]
     settings = []
     for label, by_seed in runs.items():
         run = next(iter(by_seed.values()))
