@@ -664,7 +664,7 @@ def save_step(out, name, lm, tokenizer, optimizer, step):
     """
     once = {name for name, _ in (*lm.named_parameters(), *lm.named_buffers())}      # a tied head is the embedding: one name
     weights = {name: x for name, x in get_model_state_dict(lm, options=WHOLE).items() if name in once}
-    moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE)
+    moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}     # none before the first step
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": moments}, weights)
         for older in Path(out).glob("step-*/optimizer.pt"):
@@ -675,7 +675,8 @@ def save_step(out, name, lm, tokenizer, optimizer, step):
 def load_moments(path, lm, optimizer):
     """Adam's state of a save, whichever way it was spread over ranks. Also used by distill.py."""
     state = torch.load(Path(path) / "optimizer.pt", weights_only=True, mmap=True)
-    set_optimizer_state_dict(lm, optimizer, state["optimizer"], options=WHOLE)
+    if state["optimizer"]:
+        set_optimizer_state_dict(lm, optimizer, state["optimizer"], options=WHOLE)
 
 
 def read_metrics(out, step):
