@@ -48,14 +48,16 @@ transformers.utils.logging.disable_progress_bar()           # one bar per run: o
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------------------
 
-VOCAB_TILE = 8192                                           # columns of the head that are in memory at once
+# columns of the head that are in memory at once: a GPU wants large tiles, a CPU tiles that fit its cache
+VOCAB_TILE = 8192 if torch.cuda.is_available() else 2048
 
 
 class HeadLogps(torch.autograd.Function):
     """log p(target) and entropy of softmax(h W^T / temperature), in tiles of tokens x vocabulary.
 
     At 32k tokens and V = 152k the logits are 20 GB in fp32. Here they exist one tile at a time: forward keeps only the
-    log-normaliser and the entropy of each token, backward computes the tiles again. With p = softmax(z), z the logits,
+    log-normaliser and the entropy of each token, backward computes the tiles again. With p = softmax(z), z the logits
+    divided by the temperature,
 
         d logp / dz_v = 1[v = target] - p_v          d H / dz_v = -p_v (log p_v + H)
     """
@@ -65,18 +67,19 @@ class HeadLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)         # fp32 from the logits on
         top, total, first, target_logit = (torch.full((len(hidden),), fill, dtype=wide, device=hidden.device)
                                            for fill in (-math.inf, 0.0, 0.0, 0.0))
-        for row in range(0, len(hidden), chunk):
-            i = slice(row, row + chunk)
-            for v in range(0, len(weight), VOCAB_TILE):
-                z = tile_logits(hidden[i], weight[v:v + VOCAB_TILE], temperature, wide)     # (C, tile)
-                new_top = torch.maximum(top[i], z.max(dim=1).values)
+        for v in range(0, len(weight), VOCAB_TILE):
+            w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
+            for row in range(0, len(hidden), chunk):
+                i = slice(row, row + chunk)
+                z = product(hidden[i], w.T, wide).to(wide).div_(temperature)        # (C, tile)
+                new_top = torch.maximum(top[i], z.amax(1))
                 here = targets[i] - v
-                inside = (here >= 0) & (here < z.shape[1])
-                target_logit[i] += z.gather(1, here.clamp(0, z.shape[1] - 1)[:, None])[:, 0] * inside
-                shrink = (top[i] - new_top).exp()                       # rescale what earlier tiles summed
+                inside = (here >= 0) & (here < len(w))
+                target_logit[i] += z.gather(1, here.clamp(0, len(w) - 1)[:, None])[:, 0] * inside
+                shrink = (top[i] - new_top).exp()                       # rescales what earlier tiles summed
                 e = (z - new_top[:, None]).exp_()
                 total[i] = total[i] * shrink + e.sum(1)                 # sum of exp(z)
-                first[i] = first[i] * shrink + torch.linalg.vecdot(e, z)    # sum of exp(z) z
+                first[i] = first[i] * shrink + e.mul_(z).sum(1)         # sum of exp(z) z
                 top[i] = new_top
         log_z = top + total.log()
         entropy = log_z - first / total                                 # H = log Z - E[z]
@@ -89,30 +92,29 @@ class HeadLogps(torch.autograd.Function):
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden.shape, dtype=ctx.wide, device=hidden.device)
         grad_weight = torch.empty_like(weight)
+        at_target, at_all = grad_logp / ctx.temperature, -(grad_logp + grad_entropy * entropy) / ctx.temperature
+        at_log_p = -grad_entropy / ctx.temperature
         for v in range(0, len(weight), VOCAB_TILE):         # vocabulary outside: each slice of dW is summed once, in fp32
-            w = weight[v:v + VOCAB_TILE]
+            w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
             grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
             for row in range(0, len(hidden), ctx.chunk):
                 i = slice(row, row + ctx.chunk)
-                log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
+                log_p = product(hidden[i], w.T, ctx.wide).to(ctx.wide).div_(ctx.temperature).sub_(log_z[i, None])
                 p = log_p.exp()
+                grad_z = log_p.mul_(at_log_p[i, None]).add_(at_all[i, None]).mul_(p)    # both formulas, sorted by powers of log p
                 here = targets[i] - v
                 inside = (here >= 0) & (here < len(w))
-                grad_z = log_p.add_(entropy[i, None]).mul_(-grad_entropy[i, None]).sub_(grad_logp[i, None]).mul_(p)
-                grad_z[inside.nonzero()[:, 0], here[inside]] += grad_logp[i][inside]
-                grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
-                grad_hidden[i] += grad_z @ w.to(hidden.dtype)
-                grad_w += grad_z.T @ hidden[i]
+                grad_z[inside.nonzero()[:, 0], here[inside]] += at_target[i][inside]
+                grad_z = grad_z.to(hidden.dtype)
+                grad_hidden[i] += product(grad_z, w, ctx.wide)
+                grad_w += product(grad_z.T, hidden[i], ctx.wide)
             grad_weight[v:v + VOCAB_TILE] = grad_w
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def tile_logits(hidden, weight, temperature, wide):
-    """(C, D) x (tile, D) -> (C, tile), accumulated and kept in `wide` (on CUDA the product itself comes out in fp32)."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != wide:
-        return torch.mm(hidden, weight.T, out_dtype=wide).div_(temperature)
-    return torch.mm(hidden, weight.T).to(wide).div_(temperature)
+def product(a, b, wide):
+    """a @ b. CUDA gives its fp32 sums out as `wide`; elsewhere they are rounded to the operands' type."""
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else torch.mm(a, b)
 
 
 def logps_from_hidden(hidden, weight, targets, temperature=1.0, chunk=1024, with_entropy=True):
