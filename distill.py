@@ -26,6 +26,7 @@ Words and shapes: see teacher.py. Read next: evaluate.py.
 import argparse
 import copy
 import json
+import math
 import time
 from pathlib import Path
 
@@ -34,10 +35,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rollout import InputError, checkpoint_fingerprint, run_main, write_atomic, write_json
-from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, load_moments, load_policy, load_rollouts, local,
+from rollout import InputError, checkpoint_fingerprint, defer_signals, run_main, write_atomic, write_json
+from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, leave, load_moments, load_policy, load_rollouts, local,
                      log_ratio, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp, shard_over_ranks,
-                     start_run, step_batches, step_metrics, stop_if_not_finite, token_sums)
+                     start_run, step_batches, step_metrics, stop_asked, stop_if_not_finite, token_sums)
 
 
 # ---- the signal ---------------------------------------------------------------------------------------------------------
@@ -153,9 +154,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
         p.error(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two different policies")
-    for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm", "max_kl"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+    for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm", "max_kl", "logp_temperature"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be positive")
+    if not (0 <= args.kl_coef < math.inf and math.isfinite(args.entropy_coef)):
+        p.error("--kl-coef must not be negative, and --entropy-coef a number")
     return args
 
 
@@ -179,11 +182,13 @@ def main():
     rank, world, device = setup_ddp()
     if args.shard and world == 1:
         raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")
-    if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student),
-                 rollouts_fingerprint=rollouts["fingerprint"]):
+    run, finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student), rollouts_fingerprint=rollouts["fingerprint"])
+    if finished:
         if rank == 0:
             print(f"{args.out}: already finished")
         return
+    step, save = newest_save(args.out)
+    metrics = read_metrics(args.out, step)
 
     # ---- the signal, from scores that are computed once ------------------------------------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
@@ -204,11 +209,9 @@ def main():
     mean, std = whitening(signal, token_usable)
     adv = whiten(signal, token_usable)                                              # fixed from here on, unless live
     if rank == 0:
-        run = json.loads((args.out / "run.json").read_text())
         write_json(args.out / "run.json", run | {"signal": signal_statistics(signal[token_usable], positive[token_usable])})
 
     # ---- the one model that trains ---------------------------------------------------------------------------------------
-    step, save = newest_save(args.out)
     home = "cpu" if args.shard else device                                          # sharding puts each rank's part on its GPU
     lm = load_policy(save or args.student, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
     exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # this and --max-kl: two models in memory
@@ -219,7 +222,6 @@ def main():
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     if save:
         load_moments(save, lm, optimizer)
-    metrics = read_metrics(args.out, step)
     kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # --max-kl: one batch, always the same
     if args.max_kl and step == 0 and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens, args.shard)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g} before the first step")
@@ -228,7 +230,7 @@ def main():
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     for _ in range(step):
         next(batches)
-    bar = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0)
+    bar, caught = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0), defer_signals()
     while step < args.steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens = response_lengths[batch].sum().item()                             # of the whole step, on every rank
@@ -253,7 +255,7 @@ def main():
         grad_norm = clip_gradients(lm, args.max_grad_norm)
         if world > 1:
             dist.all_reduce(sums)
-        stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch, old_logp, teacher_logp)
         if args.max_kl:
             inside = [local(p).detach().to("cpu", copy=True) for p in lm.parameters()]
             moments = copy.deepcopy(optimizer.state_dict())
@@ -278,15 +280,18 @@ def main():
              "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
              **step_metrics(sums[1:]), "signal_mean": mean.item(), "signal_std": std.item(), "kl_new_old": kl}
         metrics.append(json.dumps(m) + "\n")
+        stop = stop_asked(caught, device)
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
             bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
                       + (f"kl(new,old) {kl:.4f} | " if args.max_kl else "") + f"entropy {m['entropy']:.3f} | "
                       f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-        if step % args.save_every == 0:
-            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
-    save_step(args.out, "final", lm, tokenizer, optimizer, step)
+        if step % args.save_every == 0 or stop and step < args.steps:
+            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step, args.save_every)
+        if stop and step < args.steps:
+            leave(stop, args.out, step)
+    save_step(args.out, "final", lm, tokenizer, optimizer, step, args.save_every)
     if world > 1:
         dist.barrier()                                      # the others wait until the checkpoint is complete
 

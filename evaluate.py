@@ -33,8 +33,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from rollout import (InputError, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts, load_shards, load_tokenizer,
-                     one_line, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint, write_atomic, write_json)
+from rollout import (InputError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
+                     load_shards, load_tokenizer, one_line, read_json, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint,
+                     write_atomic, write_json, writing)
 from rollout import parse_args as parse_rollout_args
 from teacher import find_old, load_rollouts, score, setup_ddp
 
@@ -57,20 +58,25 @@ def read_results(path):
     """Rows of a results.jsonl, [] if there is none."""
     if not Path(path).exists():
         return []
+    try:
+        lines = Path(path).read_text().splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
     rows = []
-    for i, line in enumerate(Path(path).read_text().splitlines(keepends=True), start=1):
+    for i, line in enumerate(lines, start=1):
         try:
             if line.endswith("\n"):                         # else a crash cut it short: append_result removes it
                 rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{i} is not JSON: repair or delete the line") from error
+                rows[-1]["model"], rows[-1]["benchmark"]    # whatever else it holds, it is a row of ours
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{i} is not a row of results: repair or delete the line") from error
     return rows
 
 
 def append_result(path, row):
     """Add one line to results.jsonl: other processes may append to it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as f:
+    with writing(path), open(path, "a+b") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)               # a line that a crash cut short
@@ -90,7 +96,7 @@ def parse_benchmark(text, default_k):
 def default_top_k(model):
     """top-k of the checkpoint's generation config: sampling parameters that are not given are the model's (Sec. 4.1)."""
     path = resolve_checkpoint(model) / "generation_config.json"
-    return json.loads(path.read_text()).get("top_k") or -1 if path.exists() else -1
+    return read_json(path, "repair it, or give --top-k").get("top_k") or -1 if path.exists() else -1
 
 
 # ---- an LLM as judge of answers that the rules call wrong (Sec. 4.1) -----------------------------------------------------
@@ -127,7 +133,7 @@ def judge(args, problems, responses, indices, wrong, path):
 
     Verdicts are kept in `path`, so a second run asks only what is missing. Raises OSError if no question gets an answer.
     """
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path, "delete it, the judge is asked again") if path.exists() else {}
     keys = {}                                               # position of a wrong response -> (key, question)
     for n in wrong.nonzero()[:, 0].tolist():
         answer, problem = last_boxed(responses[n]), problems[indices[n].item()]
@@ -246,7 +252,7 @@ def add_movement(run):
     path = run / "run.json"
     if not (run / "final").is_dir() or not path.is_file():
         raise InputError(f"{run} is not a finished run of distill.py: it needs run.json and final/")
-    info = json.loads(path.read_text())
+    info = read_json(path, "give the --out of distill.py")
     args = info["args"]
     if "teacher" not in args or args["teacher"] in ("none", "old"):
         raise InputError(f"{run} has no teacher checkpoint to compare its student with")
@@ -747,6 +753,11 @@ def main():
     for _, file, _ in benchmarks:
         load_prompts(file)                                  # a wrong path stops before any model is loaded
     policies = [*args.model, args.base] if args.base else args.model
+    read_results(args.out)
+    check_out(args.out.parent)
+    for policy in policies:
+        checkpoint_fingerprint(policy)
+        check_weights(policy, args.trust_remote_code)
     vocabularies = {tokenizer_fingerprint(load_tokenizer(policy, args.trust_remote_code)) for policy in policies}
     if args.base and len(vocabularies) > 1:
         raise InputError("--model and --base have different tokenizers, so there is no KL between them: leave out --base")

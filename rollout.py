@@ -16,6 +16,7 @@ import base64
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import decimal
 import fractions
 import functools
@@ -36,16 +37,22 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 import zlib
 from pathlib import Path
 
 import pebble
+import safetensors
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+transformers.utils.logging.disable_progress_bar()           # one bar per run: ours
+transformers.utils.logging.set_verbosity_error()            # what it would warn of in a checkpoint, load_lm refuses
 
 SHARD_VERSION = 1
+MAX_PROMPT = 1_000_000                                      # characters: a file that went wrong, not a problem
 PROMPT_FIELDS = ("problem", "question", "prompt", "Problem", "question_content")
 NO_ANSWER = ("", "nan", "inf", "-inf")                       # texts of values that nothing can be graded against
 ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth", "input_output")
@@ -55,20 +62,52 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what, where, and what to do; exit code 2."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on: a full disk, a NaN. The message is one line: what, where, and what to do; exit code 1."""
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)              # a cluster that wants its machine back, and Ctrl-C
+
+
+def interrupt(number, _):
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def defer_signals():
+    """A list that receives SIGTERM and Ctrl-C from now on, instead of an exception within a step. Also used by teacher.py, distill.py."""
+    caught = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda n, _: caught.append(n))
+    return caught
+
+
 def run_main(main):
-    """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else. Also used by the others."""
-    code = 0
+    """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else. Also used by the others.
+
+    SIGTERM and Ctrl-C end a stage at once, except in a training loop, which saves first; either way exit code 1.
+    """
+    code, name, first = 0, Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG: a rank whose torchrun was killed must not work on
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         main()
     except InputError as error:
         code = 2
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
+        if first:
+            print(f"{name}: error: {error}", file=sys.stderr)
+    except RunError as error:                               # whichever rank it is: only that one may know
         code = 1
+        print(f"{name}: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        code = 1
+        if first:
+            print(f"{name}: stopped by {stop or 'Ctrl-C'}; the same command continues", file=sys.stderr)
     except Exception:
         code = 1
         traceback.print_exc()
+    for number, handler in before.items():                  # for tests, which call this more than once
+        signal.signal(number, handler)
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():                  # gloo's destructor can wait for a thread that waits for Python's
@@ -83,19 +122,101 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A failure to write as one line: a full disk has another type in each library, and torch does not say that it is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        there = next(p for p in Path(path).absolute().parents if p.is_dir())
+        raise RunError(f"{path} cannot be written ({one_line(error)}; {shutil.disk_usage(there).free / 2 ** 20:,.1f} MiB free there): "
+                       f"make room, then run the same command again") from error
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    """Whether another process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)           # another user's
+    return pid != os.getpid()
+
+
 def write_atomic(path, write):
-    """Call write(temporary path), flush to disk, rename to `path`: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")      # of its own: ranks may write the same file
-    write(partial)
-    with open(partial, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    """Call write(temporary path), flush to disk, rename to `path`: a reader never sees half a file, or half a folder."""
+    path, host = Path(path), os.uname().nodename
+    partial = path.with_name(f"{path.name}.{host}.{os.getpid()}.partial")           # of its own: ranks may write the same file
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"*.{host}.*.partial"):                        # by a process that was killed
+            if not is_alive(int(left.name.split(".")[-2])):
+                remove(left)
+        try:
+            write(partial)
+            for file in [partial, *partial.rglob("*")]:
+                if file.is_file():
+                    with open(file, "rb") as f:
+                        os.fsync(f.fileno())
+            if path.is_dir():
+                shutil.rmtree(path)                         # a folder can only take the place of an empty one
+            os.replace(partial, path)
+        finally:
+            remove(partial)
+
+
+def check_out(out):
+    """InputError if nothing can be written in a folder. A full disk shows only when it is written to."""
+    there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: {there} is {'read-only' if there.is_dir() else 'not a folder'}; use another --out")
 
 
 def write_json(path, value):
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, default=str) + "\n"))
+
+
+def read_json(path, hint):
+    """An object from a JSON file; InputError that ends in `hint` if it holds none. Also used by the others."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({one_line(error)}): {hint}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: {hint}")
+    return value
+
+
+@functools.cache
+def file_sha256(path, size, mtime_ns):
+    """Hash of a file, computed once per process: size and time of its last change only say that it is still the same."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
+@functools.cache
+def damaged_part(path, size, mtime_ns):
+    """What of a .pt file fails its own checksum, which torch.load ignores, or is compressed, as torch never writes it; or None."""
+    with zipfile.ZipFile(path) as archive:
+        return next((part.filename for part in archive.infolist() if part.compress_type), None) or archive.testzip()
+
+
+def read_tensors(path, what, hint, **options):
+    """torch.load of data, never of code; InputError that names the file and ends in `hint`. Also used by teacher.py, distill.py."""
+    try:
+        stat = Path(path).stat()
+        if part := damaged_part(path, stat.st_size, stat.st_mtime_ns):
+            raise ValueError(f"{part} is damaged")
+        return torch.load(path, weights_only=True, **options)
+    except Exception as error:                              # zipfile and torch raise a dozen types on a damaged or foreign file
+        raise InputError(f"{path} is not a readable {what} ({type(error).__name__}: {one_line(error)}): {hint}") from error
 
 
 def resolve_checkpoint(model):
@@ -116,27 +237,62 @@ def resolve_checkpoint(model):
 
 
 def checkpoint_fingerprint(model):
-    """Hash of what a checkpoint computes, its config and weights: the same content in another folder is the same policy."""
+    """Hash of what a checkpoint computes, its config and weights: the same content in another folder is the same policy.
+
+    Checkpoints of ours hold it in fingerprint.txt; InputError if their content is no longer what was saved.
+    """
     folder = resolve_checkpoint(model)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{folder} has no *.safetensors: only safetensors weights are read")
     digest = hashlib.sha256()
     for path in [folder / "config.json", *weights]:
-        with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        try:
+            stat = path.stat()
+            digest.update(file_sha256(path, stat.st_size, stat.st_mtime_ns))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+    stored = folder / "fingerprint.txt"
+    if stored.exists() and stored.read_bytes().strip() != digest.hexdigest().encode():
+        raise InputError(f"{folder} is damaged: its config or weights are not those of its fingerprint.txt; "
+                         f"use another copy, or delete that file if you changed them yourself")
     return digest.hexdigest()
 
 
 def load_lm(model, dtype, trust_remote_code=False):
     """A causal LM from safetensors; InputError if transformers cannot load it. Also used by teacher.py."""
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve_checkpoint(model), dtype=dtype, use_safetensors=True,
-                                                    trust_remote_code=trust_remote_code)
+        lm, info = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(model), dtype=dtype, use_safetensors=True,
+                                                        trust_remote_code=trust_remote_code, output_loading_info=True)
     except InputError:
         raise
     except Exception as error:                              # truncated weights, wrong shapes, unknown architecture: many types
         raise InputError(f"{model} is not a checkpoint that can be loaded: {one_line(error)}") from error
+    if info["missing_keys"]:                                # transformers would go on with random numbers there
+        raise InputError(f"{model} lacks weights, such as {min(info['missing_keys'])}: use another copy")
+    return lm
+
+
+def check_weights(model, trust_remote_code=False):
+    """Rows of the vocabulary's head; InputError if the weights of a checkpoint do not fit its config. Loads none of them.
+
+    Also used by teacher.py and evaluate.py.
+    """
+    folder = resolve_checkpoint(model)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        wanted = lm.state_dict()
+        for path in sorted(folder.glob("*.safetensors")):
+            with safetensors.safe_open(path, "pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            wrong = [key for key in shapes if key in wanted and shapes[key] != wanted[key].shape]
+            if wrong:
+                raise ValueError(f"{path.name} has {wrong[0]} of shape {shapes[wrong[0]]}, config.json wants {tuple(wanted[wrong[0]].shape)}")
+    except Exception as error:                              # transformers and safetensors raise many types
+        raise InputError(f"{model} is not a checkpoint that can be loaded: {one_line(error)}") from error
+    return len(lm.get_output_embeddings().weight)
 
 
 def load_tokenizer(model, trust_remote_code=False):
@@ -195,13 +351,16 @@ def read_rows(path):
                     for i, line in enumerate(f, start=1):
                         if line.strip():
                             try:
-                                yield f"{path}:{i}", json.loads(line)
-                            except json.JSONDecodeError as error:
-                                raise InputError(f"{path}:{i} is not JSON: {error.msg}") from error
+                                row = json.loads(line)
+                            except (ValueError, RecursionError) as error:           # a number of 5,000 digits is no JSONDecodeError
+                                raise InputError(f"{path}:{i} is not JSON: {one_line(error)[:200]}") from error
+                            yield f"{path}:{i}", row
                 else:
                     raise InputError(f"{path}: unknown ending {suffix!r}: use .jsonl, .json, .csv or .parquet")
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
+        except InputError:
+            raise
+        except (OSError, ValueError, RecursionError, csv.Error) as error:           # not UTF-8, not JSON
+            raise InputError(f"{path} cannot be read: {one_line(error)[:200]}") from error
 
 
 class PlainData(pickle.Unpickler):
@@ -274,6 +433,8 @@ def load_prompts(path, prompt_field=None, answer_field=None, difficulty=None):
         if not prompt or not (isinstance(prompt, str) and prompt.strip() or chat):
             raise InputError(f"{where} has no prompt in {prompt_field or ' | '.join(PROMPT_FIELDS)}: "
                              f"a string or a chat list is needed (fields: {', '.join(map(str, row))})")
+        if len(str(prompt)) > MAX_PROMPT:
+            raise InputError(f"{where} has a prompt of {len(str(prompt)):,} characters, beyond {MAX_PROMPT:,}: is this the right file?")
         usable = [isinstance(a, (str, int, float)) and not isinstance(a, bool) and str(a).strip() not in NO_ANSWER
                   for a in (answer if isinstance(answer, list) else [answer])]
         if not usable or not all(usable):
@@ -289,9 +450,12 @@ def encode_prompt(tokenizer, prompt, suffix=""):
     """Token ids of a prompt: the chat template once, with the opening of the assistant's turn. Plain text without a template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     messages[-1]["content"] += suffix
-    if tokenizer.chat_template is None:
-        return tokenizer.encode("\n".join(m["content"] for m in messages))
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    try:
+        if tokenizer.chat_template is None:
+            return tokenizer.encode("\n".join(m["content"] for m in messages))
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:                              # half a surrogate pair; roles that the template refuses
+        raise InputError(f"the prompt {str(prompt)[:80]!r} cannot be encoded: {one_line(error)}") from error
 
 
 # ---- grading ----------------------------------------------------------------------------------------------------------
@@ -670,7 +834,7 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
 # ---- shards -----------------------------------------------------------------------------------------------------------
 # A shard is a dict of flat ("jagged") tensors: response n is input_ids[offsets[n]:offsets[n+1]], its prompt first.
 SHARD_FIELDS = {"input_ids": torch.int32, "offsets": torch.int64, "prompt_len": torch.int32, "prompt_index": torch.int64,
-                "reward": torch.float32, "truncated": torch.bool, "sampler_logp": torch.float32}
+                "reward": torch.float32, "truncated": torch.bool, "sampler_logp": torch.float32, "reward_think": torch.float32}
 
 
 def build_shard(prompts, responses, rewards, rewards_think, meta, grading=None):
@@ -695,26 +859,30 @@ def build_shard(prompts, responses, rewards, rewards_think, meta, grading=None):
     return shard
 
 
+def is_flat(tensor, dtype):
+    """A plain tensor of one dimension, each number of which is in the file: an expanded one could claim any size."""
+    return (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.layout == torch.strided and tensor.dim() == 1
+            and tensor.is_contiguous())
+
+
 def read_shard(path):
     """One shard, checked: InputError names the file if it is not a complete shard of this version."""
-    try:
-        shard = torch.load(path, weights_only=True, mmap=True)
-    except Exception as error:                              # torch raises a dozen types on a damaged or foreign file
-        raise InputError(f"{path} is not a readable shard ({type(error).__name__}): "
-                         f"delete it and run rollout.py again") from error
+    shard = read_tensors(path, "shard", "delete it and run rollout.py again", mmap=True)
     if not isinstance(shard, dict) or shard.get("version") != SHARD_VERSION or not isinstance(shard.get("meta"), dict):
         raise InputError(f"{path} is not a rollout shard of version {SHARD_VERSION}: sample again with this rollout.py")
+    if not all(isinstance(value, (str, int, float)) for counts in (shard["meta"], shard.get("grading", {})) for value in counts.values()):
+        raise InputError(f"{path}: its meta holds more than text and numbers: sample again with this rollout.py")
     for key, dtype in SHARD_FIELDS.items():
-        if not isinstance(shard.get(key), torch.Tensor) or shard[key].dtype != dtype or shard[key].dim() != 1:
+        if not is_flat(shard.get(key), dtype) and (key in shard or key != "reward_think"):
             raise InputError(f"{path}: {key} is missing or not a flat {dtype} tensor")
     lengths, n = shard["offsets"].diff(), len(shard["prompt_len"])
-    consistent = (len(lengths) == n and shard["offsets"][0] == 0 and shard["offsets"][-1] == len(shard["input_ids"])
+    consistent = (n > 0 and len(lengths) == n and shard["offsets"][0] == 0 and shard["offsets"][-1] == len(shard["input_ids"])
                   and bool((lengths > shard["prompt_len"]).all()) and bool((shard["prompt_len"] > 0).all())
-                  and all(len(shard[k]) == n for k in ("prompt_index", "reward", "truncated"))
-                  and len(shard["sampler_logp"]) == int((lengths - shard["prompt_len"]).sum()))
+                  and all(len(shard[k]) == n for k in ("prompt_index", "reward", "truncated", "reward_think") if k in shard)
+                  and len(shard["sampler_logp"]) == int((lengths - shard["prompt_len"]).sum()) and bool((shard["input_ids"] >= 0).all()))
     if not consistent:
         raise InputError(f"{path}: its tensors do not fit together (offsets, prompt_len, rewards): delete it and sample again")
-    if not bool(((shard["reward"] == 0) | (shard["reward"] == 1)).all()):
+    if not all(bool(((r == 0) | (r == 1)).all()) for r in (shard["reward"], shard.get("reward_think", shard["reward"]))):
         raise InputError(f"{path}: rewards must be 0 or 1")
     return shard
 
@@ -736,13 +904,18 @@ def load_shards(folder):
     if len(shards) != meta.get("shards", len(shards)):
         raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: "
                          f"run the same rollout.py command again to finish it")
+    owner = {}                                              # each prompt belongs to one shard: nothing is trained on twice
+    for path, shard in zip(paths, shards):
+        for index in shard["prompt_index"].unique().tolist():
+            if owner.setdefault(index, path) != path:
+                raise InputError(f"{path} and {owner[index].name} both hold prompt {index}: one of them is a copy; delete it")
     return shards
 
 
 def join_shards(shards):
     """One dict over all responses: the flat tensors of the shards joined, plus response_offsets [N+1] into flat
     per-response-token tensors such as log-probs. Also used by teacher.py, distill.py and evaluate.py."""
-    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key != "offsets"}
+    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key not in ("offsets", "reward_think")}
     if any("reward_think" in s for s in shards):            # a shard in which no response thinks has none
         joined["reward_think"] = torch.cat([s.get("reward_think", torch.zeros_like(s["reward"])) for s in shards])
     lengths = torch.cat([s["offsets"].diff() for s in shards])
@@ -805,6 +978,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     missing = {i: slices[i] for i in range(len(slices)) if i % world == rank and not paths[i].exists()}
     start, n_tokens = time.time(), 0
     if missing:
+        check_out(args.out)
         generate, close = open_engine(args.model, engine, tokenizer, local_rank, args.tensor_parallel, args.max_model_len,
                                       args.gpu_memory_utilization, args.trust_remote_code)
         bar = tqdm(total=sum(map(len, missing.values())) * args.n, desc="sampling", unit="resp", disable=rank > 0)
@@ -882,7 +1056,9 @@ def parse_args(argv=None):
     for name in ("n", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.num_prompts < 0:
+    if not 0 < args.grade_timeout < math.inf:
+        p.error("--grade-timeout must be positive")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.num_prompts < 0:
         p.error("--temperature and --num-prompts must not be negative, and --top-p in (0, 1]")
     return args
 

@@ -44,13 +44,30 @@ step() {                              # step OUTPUT COMMAND...   print the comma
   if [ -n "${DRY_RUN:-}" ]; then echo "$*"; return; fi
   if [ -e "$output" ]; then return; fi
   echo "+ $*"
-  "$@"
+  "$@" 9>&- & child=$!                # in the background, or a SIGTERM to this script would wait for the end of the stage
+  wait "$child"
+  child=
+}
+
+stop() {                              # stop SIGNAL CODE   the stage saves and leaves, and then so does this script
+  trap '' TERM INT
+  if [ -n "$child" ]; then kill -s TERM "$child" 2> /dev/null || true; wait "$child" || true; fi
+  echo "run_rounds.sh: stopped by $1; the same command continues" >&2
+  exit "$2"
+}
+
+lock() {                              # one run at a time in OUT, and none beside a stage that outlived a killed run
+  [ -z "${DRY_RUN:-}" ] && command -v flock > /dev/null || return 0
+  mkdir -p "$OUT"
+  exec 8>> "$OUT/.stage.lock" 9>> "$OUT/.lock"                 # 8 stays open in the stages, 9 does not
+  flock -n 9 || { echo "run_rounds.sh: another run is at work in $OUT: wait for it, or give another OUT" >&2; exit 2; }
+  flock -n 8 || { echo "waiting for the stage that an earlier run left at work in $OUT"; flock 8; }
 }
 
 evaluate() {                          # evaluate CHECKPOINT...   those that RESULTS does not have yet
   local missing="" checkpoint results=${RESULTS:-$OUT/results.jsonl}
   for checkpoint in "$@"; do
-    if [ -n "${DRY_RUN:-}" ] || ! grep -qs "\"model\": \"$checkpoint\".*\"benchmark\": \"test\"" "$results"; then missing="$missing $checkpoint"; fi
+    if [ -n "${DRY_RUN:-}" ] || ! grep -qs "\"model\": \"$checkpoint\".*\"benchmark\": \"test\".*\"seconds\": [^}]*}$" "$results"; then missing="$missing $checkpoint"; fi
   done
   if [ -z "$missing" ]; then return; fi
   step "" $PY evaluate.py --model $missing --base "$OUT/base" --out "$results" \
@@ -65,7 +82,7 @@ checkpoints() {                       # checkpoints RUN STEPS EVERY   the paths 
 
 setup() {                             # .venv unless an environment is active; requirements.txt when it changed
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -d .venv ] || python3 -m venv .venv
+    [ -e .venv/bin/activate ] || python3 -m venv .venv
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
@@ -298,12 +315,15 @@ report() {                            # report FOLDER   anew if there are new re
   echo "report: $1/report.md"
 }
 
+child=
+trap 'stop SIGTERM 143' TERM
+trap 'stop Ctrl-C 130' INT
 case "${1:-demo}" in
-  demo) [ -n "${DRY_RUN:-}" ] || setup; demo ;;
-  fig6) [ -n "${DRY_RUN:-}" ] || setup; fig6 ;;
-  table3) [ -n "${DRY_RUN:-}" ] || setup; table3 ;;
-  table1) [ -n "${DRY_RUN:-}" ] || setup; table1 ;;
-  test) [ -n "${DRY_RUN:-}" ] || setup; step "" python -m pytest tests -q "${@:2}" ;;
+  demo) [ -n "${DRY_RUN:-}" ] || setup; lock; demo ;;
+  fig6) [ -n "${DRY_RUN:-}" ] || setup; lock; fig6 ;;
+  table3) [ -n "${DRY_RUN:-}" ] || setup; lock; table3 ;;
+  table1) [ -n "${DRY_RUN:-}" ] || setup; lock; table1 ;;
+  test) [ -n "${DRY_RUN:-}" ] || setup; ${DRY_RUN:+echo} python -m pytest tests -q "${@:2}" ;;
   help|-h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;;
   *) echo "run_rounds.sh: unknown command '$1'; try ./run_rounds.sh help" >&2; exit 2 ;;
 esac

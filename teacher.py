@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,10 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rollout import (InputError, checkpoint_fingerprint, join_shards, load_lm, load_shards, load_tokenizer, one_line, run_main,
-                     tokenizer_fingerprint, write_atomic, write_json)
-
-transformers.utils.logging.disable_progress_bar()           # one bar per run: ours
+from rollout import (InputError, RunError, check_out, check_weights, checkpoint_fingerprint, defer_signals, is_flat, join_shards, load_lm,
+                     load_shards, load_tokenizer, one_line, read_json, read_tensors, remove, run_main, tokenizer_fingerprint, write_atomic, write_json)
 
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------------------
@@ -315,8 +314,8 @@ def group_advantages(reward, prompt_index):
 def load_rollouts(folder):
     """Joined shards with their fingerprint added. Also used by distill.py."""
     rollouts = join_shards(load_shards(folder))
-    for key in ("model", "model_fingerprint", "tokenizer_fingerprint", "temperature"):
-        if key not in rollouts["meta"]:
+    for key, kind in (("model", str), ("model_fingerprint", str), ("tokenizer_fingerprint", str), ("temperature", (int, float))):
+        if not isinstance(rollouts["meta"].get(key), kind):
             raise InputError(f"{folder}: the meta of its shards has no {key}: sample again with this rollout.py")
     digest = hashlib.sha256()
     for key in ("input_ids", "offsets", "prompt_len", "prompt_index", "reward"):
@@ -416,18 +415,13 @@ def save_policy(lm, tokenizer, path, state=None, weights=None):
 
     weights: a state dict in place of the model's own.
     """
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    lm.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
-    if state is not None:
-        torch.save(state, partial / "optimizer.pt")
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(partial, path)
+    def write(partial):
+        lm.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        if state is not None:
+            torch.save(state, partial / "optimizer.pt")
+        (partial / "fingerprint.txt").write_text(checkpoint_fingerprint(partial) + "\n")   # tells a damaged copy
+    write_atomic(path, write)
 
 
 def per_token(data, compute, micro_tokens, desc, shard=False):
@@ -461,7 +455,7 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
     data = load_rollouts(rollouts)
     rank, world, device = setup_ddp()
     temperature = data["meta"]["temperature"] if temperature is None else temperature
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise InputError(f"{rollouts} was sampled greedily, which has no log-probs: give --logp-temperature")
     fingerprint = checkpoint_fingerprint(checkpoint)
     path = Path(rollouts) / "scores" / f"{fingerprint[:16]}-{data['fingerprint'][:16]}-T{temperature:g}.pt"
@@ -483,12 +477,11 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
                                                      "entropy": values[1].clone()}, p))
         if world > 1:
             dist.barrier()
-    try:
-        cached = torch.load(path, weights_only=True)
-    except Exception as error:                              # torch raises a dozen types on a damaged file
-        raise InputError(f"{path} is not readable ({one_line(error)}): delete it, it will be computed again") from error
-    if (cached["checkpoint"], cached["rollouts"]) != (fingerprint, data["fingerprint"]):
-        raise InputError(f"{path} belongs to other files: delete it")
+    cached = read_tensors(path, "score file", "delete it, it will be computed again")
+    ours = {"version": 1, "checkpoint": fingerprint, "rollouts": data["fingerprint"], "temperature": temperature}
+    if not isinstance(cached, dict) or any(cached.get(key) != value for key, value in ours.items()) or not all(
+            is_flat(cached.get(key), torch.float32) and len(cached[key]) == data["response_offsets"][-1] for key in ("logp", "entropy")):
+        raise InputError(f"{path} belongs to other files: delete it, it will be computed again")
     return (cached["logp"], cached["entropy"]) if with_entropy else cached["logp"]
 
 
@@ -498,6 +491,8 @@ def check_tokenizer(model, rollouts, trust_remote_code=False):
     if tokenizer_fingerprint(tokenizer) != rollouts["meta"]["tokenizer_fingerprint"]:
         raise InputError(f"{model} has another tokenizer than {rollouts['meta']['model']}, which wrote the rollouts: "
                          f"use a checkpoint of the same family, or sample again with this one")
+    if rollouts["input_ids"].max() >= check_weights(model, trust_remote_code):
+        raise InputError(f"{model} has no weights for all token ids of the rollouts: its vocabulary is smaller than its tokenizer's")
     return tokenizer
 
 
@@ -553,7 +548,7 @@ def train_values(args, rollouts, usable, rank, world, device):
         optimizer = torch.optim.AdamW(network.parameters(), lr=args.value_lr, betas=(0.9, 0.999), weight_decay=0.0)
         step = 0
         if (out / "state.pt").exists():
-            state = torch.load(out / "state.pt", weights_only=True, mmap=True)
+            state = read_tensors(out / "state.pt", "state of the value network", "delete it, its training starts again", mmap=True)
             step = state["step"]
             set_model_state_dict(network, state["network"], options=WHOLE)
             set_optimizer_state_dict(network, optimizer, state["optimizer"], options=WHOLE)
@@ -561,7 +556,7 @@ def train_values(args, rollouts, usable, rank, world, device):
         metrics, batches = read_metrics(out, step), step_batches(rollouts, usable, args.batch_prompts, args.seed)
         for _ in range(step):
             next(batches)
-        bar = tqdm(total=args.value_steps, initial=step, desc="value network", disable=rank > 0)
+        bar, caught = tqdm(total=args.value_steps, initial=step, desc="value network", disable=rank > 0), defer_signals()
         while step < args.value_steps:
             step, start, batch = step + 1, time.time(), next(batches)
             n_tokens = response_lengths[batch].sum().item()
@@ -579,20 +574,23 @@ def train_values(args, rollouts, usable, rank, world, device):
             grad_norm = clip_gradients(network, args.max_grad_norm)
             if world > 1:
                 dist.all_reduce(sums)
-            stop_if_not_finite(step, sums[1].item(), grad_norm, rollouts["prompt_index"][batch])
+            stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             m = {"step": step, "loss": sums[1].item() / n_tokens, "grad_norm": grad_norm, "lr": args.value_lr, "tokens": n_tokens,
                  "seconds": time.time() - start, "explained_variance": explained_variance(n_tokens, *sums.tolist())}
             metrics.append(json.dumps(m) + "\n")
+            stop = stop_asked(caught, device)
             if rank == 0:
                 write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
                 bar.update()
-            if step % args.save_every == 0 and step < args.value_steps:
+            if (step % args.save_every == 0 or stop) and step < args.value_steps:
                 state = {"step": step, "network": get_model_state_dict(network, options=WHOLE),
                          "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE)}
                 if rank == 0:
                     write_atomic(out / "state.pt", lambda p: torch.save(state, p))
+            if stop:
+                leave(stop, f"{out}/state.pt", step)
         bar.close()
         values = per_token(rollouts, lambda input_ids, mask: [network(input_ids)], args.micro_tokens, "values", args.shard)[0]
         if rank == 0:
@@ -600,7 +598,10 @@ def train_values(args, rollouts, usable, rank, world, device):
             (out / "state.pt").unlink(missing_ok=True)
         if world > 1:
             dist.barrier()
-    return torch.load(path, weights_only=True)
+    values = read_tensors(path, "file of values", "delete it, they will be computed again")
+    if not is_flat(values, torch.float32) or len(values) != rollouts["response_offsets"][-1]:
+        raise InputError(f"{path} belongs to other rollouts: delete it")
+    return values
 
 
 def ppo_advantages(rollouts, usable, values):
@@ -617,49 +618,65 @@ def ppo_advantages(rollouts, usable, values):
 # ---- the run: what it was started with, and where it stopped -----------------------------------------------------------
 
 def start_run(out, args, rank, **facts):
-    """Write OUT/run.json, or check it against a run to continue; facts are fingerprints of what it reads.
+    """(run, finished): what OUT/run.json is to hold, checked against what it holds; facts are fingerprints of what is read.
 
-    True if the run is already finished. Also used by distill.py.
+    The caller writes it once all input is known to be good. Also used by distill.py.
     """
     path, arguments = Path(out) / "run.json", json.loads(json.dumps(vars(args), default=str))     # as they will be read back
+    script, hint = Path(sys.argv[0]).name, "use another --out, or --fresh to start over"
+    for k in ("model", "student", "teacher", "denominator", "old", "rollouts", "optimizer_from"):
+        if args.fresh and arguments.get(k) and Path(out).resolve() in (Path(arguments[k]).resolve(), *Path(arguments[k]).resolve().parents):
+            raise InputError(f"--fresh would delete {arguments[k]}, which --{k.replace('_', '-')} needs: use another --out")
     if args.fresh and rank == 0 and path.exists():
-        shutil.rmtree(out)
+        for old in sorted(Path(out).iterdir(), key=lambda p: p == path):            # run.json last, or a second try would not know the folder
+            remove(old)
     if dist.is_initialized():
         dist.barrier()
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: use another --out, or --fresh to start over") from error
+        run = read_json(path, hint)
+        theirs = run.get("args")
+        if run.get("script") != script or not isinstance(theirs, dict):
+            raise InputError(f"{out} holds a run of {run.get('script')}, not of {script}: {hint}")
         for k in arguments:
-            if k not in ("fresh", "micro_tokens", "chunk", "shard", "offload_activations") and theirs["args"].get(k) != arguments[k]:
-                raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs['args'].get(k)}, now {arguments[k]}: "
-                                 f"use another --out, or --fresh to start over")
+            if k not in ("fresh", "micro_tokens", "chunk", "shard", "offload_activations") and theirs.get(k) != arguments[k]:
+                raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, now {arguments[k]}: {hint}")
         for k in facts:
-            if theirs.get(k) != facts[k]:
-                raise InputError(f"{out} holds a run with another {k.replace('_', ' ')} (its content has changed since): "
-                                 f"use another --out, or --fresh to start over")
-        return (Path(out) / "final").exists()
+            if run.get(k) != facts[k]:
+                raise InputError(f"{out} holds a run with another {k.replace('_', ' ')} (its content has changed since): {hint}")
+        if not (finished := (Path(out) / "final").exists()):
+            check_out(out)
+        return run, finished
+    check_out(out)
     if any(p.suffix != ".partial" for p in Path(out).glob("*")):
         raise InputError(f"{out} is not empty and holds no run.json: use another --out")
     git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before the first writes
-    if rank == 0:
-        write_json(path, {"script": Path(sys.argv[0]).name, "args": arguments, "git_commit": git or None,
-                          "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                                       "transformers": transformers.__version__}, **facts})
-    return False
+    return {"script": script, "args": arguments, "git_commit": git or None, "versions": {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}, **facts}, False
 
 
 def newest_save(out):
-    """(step, folder) of the newest checkpoint with optimizer state, or (0, None)."""
+    """(step, folder) of the newest checkpoint with optimizer state, or (0, None); InputError if it is damaged."""
     saves = [p for p in Path(out).glob("step-*") if p.suffix != ".partial" and (p / "optimizer.pt").exists()]
-    return max(((int(p.name.split("-")[1]), p) for p in saves), default=(0, None))
+    step, save = max(((int(p.name.split("-")[1]), p) for p in saves), default=(0, None))
+    if save:
+        checkpoint_fingerprint(save)
+        read_state(save)
+    return step, save
 
 
-def save_step(out, name, lm, tokenizer, optimizer, step):
+def read_state(save):
+    """Step and optimizer state of a checkpoint folder of ours; InputError if it is damaged or another's."""
+    hint = "delete that folder to continue from the one before, or use --fresh to start over"
+    state = read_tensors(save / "optimizer.pt", "optimizer state", hint, mmap=True)
+    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict) or save.name not in ("final", f"step-{state.get('step'):04d}"):
+        raise InputError(f"{save / 'optimizer.pt'} is not the optimizer state of this checkpoint: {hint}")
+    return state
+
+
+def save_step(out, name, lm, tokenizer, optimizer, step, save_every):
     """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded. Also in distill.py.
 
     All ranks must call it; with --shard each gives its part.
@@ -669,23 +686,51 @@ def save_step(out, name, lm, tokenizer, optimizer, step):
     moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}     # none before the first step
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": moments}, weights)
-        for older in Path(out).glob("step-*/optimizer.pt"):
-            if older.parent.name != name:
-                older.unlink()
+        for older in Path(out).glob("step-*"):
+            if older.suffix != ".partial" and older.name != name:
+                (older / "optimizer.pt").unlink(missing_ok=True)
+                if int(older.name.split("-")[1]) % save_every:                      # was saved between two others because of a signal
+                    shutil.rmtree(older)
+        size, total = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2 ** 30 for folder in (Path(out) / name, Path(out)))
+        tqdm.write(f"saved {out}/{name}: {size:.3f} GiB, of {total:.3f} GiB in {out}")
 
 
 def load_moments(path, lm, optimizer):
     """Adam's state of a save, whichever way it was spread over ranks. Also used by distill.py."""
-    state = torch.load(Path(path) / "optimizer.pt", weights_only=True, mmap=True)
-    if state["optimizer"]:
-        set_optimizer_state_dict(lm, optimizer, state["optimizer"], options=WHOLE)
+    moments = read_state(Path(path))["optimizer"]
+    if moments:
+        try:
+            set_optimizer_state_dict(lm, optimizer, moments, options=WHOLE)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path} holds the optimizer state of another model: {one_line(error)}") from error
+
+
+def stop_asked(caught, device):
+    """The signal that a rank was sent, else None; the same on all ranks, which must all call it. Also used by distill.py."""
+    flag = torch.tensor(caught[0] if caught else 0, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return signal.Signals(flag.item()).name if flag.item() else None
+
+
+def leave(stop, saved, step):
+    """End a run that was asked to stop; the other ranks wait until rank 0 has saved. Also used by distill.py."""
+    if dist.is_initialized():
+        dist.barrier()
+    raise KeyboardInterrupt(f"{stop} after step {step}, which is saved in {saved}")
 
 
 def read_metrics(out, step):
     """Lines of OUT/metrics.jsonl up to `step`: a run that was killed may have written more than its checkpoint knows."""
     path = Path(out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({one_line(error)}): repair it, or use --fresh to start over") from error
+    if len(kept) != step:
+        raise InputError(f"{path} has {len(kept)} of {step} lines for the steps of the newest checkpoint: use --fresh to start over")
+    return kept
 
 
 def token_sums(logp, entropy, old_logp, mask, reward, sign, clip_low, clip_high):
@@ -720,11 +765,19 @@ def explained_variance(n, residual, residual2, reward):
     return 1 - (residual2 / n - (residual / n) ** 2) / var_reward if var_reward > 0 else None
 
 
-def stop_if_not_finite(step, loss, grad_norm, prompts):
-    """A NaN or inf would spread to every weight with the next update. Also used by distill.py."""
-    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
-        raise RuntimeError(f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite; prompts of the batch: "
-                           f"{prompts.unique().tolist()}; the last checkpoint is intact")
+def stop_if_not_finite(step, sums, grad_norm, rollouts, batch, *token_values):
+    """A NaN or inf would spread to every weight with the next update: stop before it. Also used by distill.py.
+
+    sums: the loss and the metrics of the step; token_values: flat log-probs [sum of response lengths] that name the prompt.
+    """
+    if math.isfinite(grad_norm) and sums.isfinite().all():
+        return
+    bad = ~torch.stack([x.isfinite() for x in token_values]).all(0) if token_values else torch.zeros(0, dtype=torch.bool)
+    owners = rollouts["prompt_index"].repeat_interleave(rollouts["response_offsets"].diff())
+    where = f"the log-probs of prompts {owners[bad].unique().tolist()} are not, in the cached scores" if bad.any() else \
+        f"prompts of the batch: {rollouts['prompt_index'][batch].unique().tolist()}"
+    raise RunError(f"step {step}: loss {sums[0].item()} or gradient norm {grad_norm} or a metric is not finite; {where}; "
+                   f"the last checkpoint is intact")
 
 
 def pair_accuracy(values, reward, prompt_index):
@@ -778,9 +831,11 @@ def parse_args(argv=None):
     if args.steps and args.epochs:
         p.error("give --steps or --epochs, not both")
     for name in ("steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "beta", "max_grad_norm",
-                 "value_steps", "value_lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+                 "value_steps", "value_lr", "logp_temperature"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be positive")
+    if not (0 <= args.kl_coef < math.inf and 0 <= args.negative_weight < math.inf):
+        p.error("--kl-coef and --negative-weight must not be negative")
     return args
 
 
@@ -800,20 +855,26 @@ def main():
         usable &= reward > 0
     if args.optimizer_from and not (args.optimizer_from / "final" / "optimizer.pt").is_file():
         raise InputError(f"--optimizer-from {args.optimizer_from} has no final/optimizer.pt: give the --out of a finished run")
+    if args.optimizer_from:
+        read_state(args.optimizer_from / "final")
     rank, world, device = setup_ddp()
     if args.shard and world == 1:
         raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")
-    if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model),
-                 rollouts_fingerprint=rollouts["fingerprint"]):
+    run, finished = start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model), rollouts_fingerprint=rollouts["fingerprint"])
+    if finished:
         if rank == 0:
             print(f"{args.out}: already finished")
         return
+    step, save = newest_save(args.out)
+    metrics = read_metrics(args.out, step)
 
     # ---- reference log-probs, each scored once, and then the one model that trains ---------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
                    trust_remote_code=args.trust_remote_code, shard=args.shard)
     old_logp = score(old, args.rollouts, **options)
     ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
+    if rank == 0:
+        write_json(args.out / "run.json", run)
     adv = torch.zeros_like(reward)                                                  # SAPO and GRPO: one per response
     adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
     ppo_adv = []                                                                    # PPO: one per token
@@ -829,9 +890,8 @@ def main():
         print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
         summary = args.rollouts / "rollouts.json"
         if summary.exists():                                # beside what rollout.py says of the batch
-            kept = json.loads(summary.read_text())
-            write_json(summary, kept | {"summary": kept["summary"] | {"sampler_gap": gap}})
-    step, save = newest_save(args.out)
+            kept = read_json(summary, "delete it, rollout.py writes it again")
+            write_json(summary, kept | {"summary": kept.get("summary", {}) | {"sampler_gap": gap}})
     home = "cpu" if args.shard else device                                          # sharding puts each rank's part on its GPU
     lm = load_policy(save or args.model, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
     exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # the one case with two models in memory
@@ -846,13 +906,12 @@ def main():
         optimizer.param_groups[0]["lr"] = args.lr                                   # the state carries the lr of its run
     n_prompts = len(rollouts["prompt_index"][usable].unique())
     steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
-    metrics = read_metrics(args.out, step)
 
     # ---- training loop ---------------------------------------------------------------------------------------------------
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     for _ in range(step):
         next(batches)
-    bar = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0)
+    bar, caught = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0), defer_signals()
     lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
     while step < steps:
         step, start, batch = step + 1, time.time(), next(batches)
@@ -890,7 +949,7 @@ def main():
         if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(implicit)
-        stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch, old_logp, ref_logp)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -907,14 +966,17 @@ def main():
         if args.loss == "ppo":
             m["explained_variance"] = value_variance                                # of V, not of pi(a|s) as an estimate of R
         metrics.append(json.dumps(m) + "\n")
+        stop = stop_asked(caught, device)
         if rank == 0:
             write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
             bar.update()
             bar.write(f"step {step:03d}/{steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
                       f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-        if step % args.save_every == 0:
-            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
-    save_step(args.out, "final", lm, tokenizer, optimizer, step)
+        if step % args.save_every == 0 or stop and step < steps:
+            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step, args.save_every)
+        if stop and step < steps:
+            leave(stop, args.out, step)
+    save_step(args.out, "final", lm, tokenizer, optimizer, step, args.save_every)
     if world > 1:
         dist.barrier()                                      # the others wait until the checkpoint is complete
 
