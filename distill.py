@@ -153,12 +153,12 @@ def parse_args(argv=None):
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = p.parse_args(argv)
     if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
-        p.error(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two different policies")
+        raise InputError(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two different policies")
     for name in ("steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip", "max_grad_norm", "max_kl", "logp_temperature"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be positive")
+            raise InputError(f"--{name.replace('_', '-')} must be positive")
     if not (0 <= args.kl_coef < math.inf and math.isfinite(args.entropy_coef)):
-        p.error("--kl-coef must not be negative, and --entropy-coef a number")
+        raise InputError("--kl-coef must not be negative, and --entropy-coef a number")
     return args
 
 

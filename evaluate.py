@@ -731,9 +731,9 @@ def parse_args(argv=None):
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = p.parse_args(argv)
     if bool(args.judge_url) != bool(args.judge_model) or args.judge_url and args.task == "code":
-        p.error("--judge-url and --judge-model belong together, and to --task math")
+        raise InputError("--judge-url and --judge-model belong together, and to --task math")
     if not args.report and not args.movement and not (args.model and (args.data or args.pick)):
-        p.error("give --model and --data, or --model and --pick, --movement RUN, or --report RUNDIR")
+        raise InputError("give --model and --data, or --model and --pick, --movement RUN, or --report RUNDIR")
     return args
 
 

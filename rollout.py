@@ -1055,11 +1055,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     for name in ("n", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
         if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.grade_timeout < math.inf:
-        p.error("--grade-timeout must be positive")
+        raise InputError("--grade-timeout must be positive")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.num_prompts < 0:
-        p.error("--temperature and --num-prompts must not be negative, and --top-p in (0, 1]")
+        raise InputError("--temperature and --num-prompts must not be negative, and --top-p in (0, 1]")
     return args
 
 

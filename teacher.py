@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -395,6 +396,8 @@ def setup_ddp():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":               # if torchrun was killed meanwhile this fails at once,
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()      # the next line in hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
@@ -829,13 +832,13 @@ def parse_args(argv=None):
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = p.parse_args(argv)
     if args.steps and args.epochs:
-        p.error("give --steps or --epochs, not both")
+        raise InputError("give --steps or --epochs, not both")
     for name in ("steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "beta", "max_grad_norm",
                  "value_steps", "value_lr", "logp_temperature"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be positive")
+            raise InputError(f"--{name.replace('_', '-')} must be positive")
     if not (0 <= args.kl_coef < math.inf and 0 <= args.negative_weight < math.inf):
-        p.error("--kl-coef and --negative-weight must not be negative")
+        raise InputError("--kl-coef and --negative-weight must not be negative")
     return args
 
 
