@@ -870,7 +870,7 @@ def read_shard(path):
     shard = read_tensors(path, "shard", "delete it and run rollout.py again", mmap=True)
     if not isinstance(shard, dict) or shard.get("version") != SHARD_VERSION or not isinstance(shard.get("meta"), dict):
         raise InputError(f"{path} is not a rollout shard of version {SHARD_VERSION}: sample again with this rollout.py")
-    if not all(isinstance(value, (str, int, float)) for counts in (shard["meta"], shard.get("grading", {})) for value in counts.values()):
+    if not all(isinstance(d, dict) and all(isinstance(x, (str, int, float)) for x in d.values()) for d in (shard["meta"], shard.get("grading", {}))):
         raise InputError(f"{path}: its meta holds more than text and numbers: sample again with this rollout.py")
     for key, dtype in SHARD_FIELDS.items():
         if not is_flat(shard.get(key), dtype) and (key in shard or key != "reward_think"):

@@ -497,7 +497,7 @@ def shard_cases(bomb):
         "sparse rewards": changed(reward=lambda t: t.to_sparse()), "no responses": changed(prompt_len=torch.zeros(0, dtype=torch.int32)),
         "meta is a list": changed(meta=[]), "a tensor in meta": changed(meta_seed=torch.zeros(2)), "another run's shard": changed(meta_seed=99),
         "another temperature": changed(meta_temperature=0.5), "copy of the other shard": lambda p: shutil.copy(p.with_name("shard-00000.pt"), p),
-        "missing": lambda p: p.unlink(), "grading counts of text": changed(grading={"timeouts": [1]}),
+        "missing": lambda p: p.unlink(), "a list among the grading counts": changed(grading={"timeouts": [1]}), "grading is a list": changed(grading=[1]),
     }
 
 
