@@ -230,7 +230,7 @@ def main():
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     for _ in range(step):
         next(batches)
-    bar, caught = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0), defer_signals()
+    bar, caught = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0), defer_signals()   # a signal waits for the end of a step
     while step < args.steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens = response_lengths[batch].sum().item()                             # of the whole step, on every rank

@@ -533,7 +533,7 @@ class ValueNetwork(nn.Module):
         return self.head(hidden_states(self, input_ids).float())[..., 0]
 
 
-def train_values(args, rollouts, usable, rank, world, device):
+def train_values(args, rollouts, usable, rank, world, device, caught):
     """Fit V to the Monte-Carlo return, which is R at every token (lambda = 1, gamma = 1: Sec. 4.1), then evaluate it once.
 
     Returns V of every response token, flat fp32 [sum of response lengths], kept in OUT/value/values.pt. Continues where it
@@ -559,7 +559,7 @@ def train_values(args, rollouts, usable, rank, world, device):
         metrics, batches = read_metrics(out, step), step_batches(rollouts, usable, args.batch_prompts, args.seed)
         for _ in range(step):
             next(batches)
-        bar, caught = tqdm(total=args.value_steps, initial=step, desc="value network", disable=rank > 0), defer_signals()
+        bar = tqdm(total=args.value_steps, initial=step, desc="value network", disable=rank > 0)
         while step < args.value_steps:
             step, start, batch = step + 1, time.time(), next(batches)
             n_tokens = response_lengths[batch].sum().item()
@@ -878,11 +878,12 @@ def main():
     ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
     if rank == 0:
         write_json(args.out / "run.json", run)
+    caught = defer_signals()                                # from here on a signal waits for the end of a step
     adv = torch.zeros_like(reward)                                                  # SAPO and GRPO: one per response
     adv[usable] = group_advantages(reward[usable], rollouts["prompt_index"][usable])
     ppo_adv = []                                                                    # PPO: one per token
     if args.loss == "ppo":
-        values, lengths = train_values(args, rollouts, usable, rank, world, device), rollouts["response_offsets"].diff()
+        values, lengths = train_values(args, rollouts, usable, rank, world, device, caught), rollouts["response_offsets"].diff()
         seen, returns = usable.repeat_interleave(lengths), reward.repeat_interleave(lengths)
         value_variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
         if rank == 0:
@@ -914,7 +915,7 @@ def main():
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     for _ in range(step):
         next(batches)
-    bar, caught = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0), defer_signals()
+    bar = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0)
     lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
     while step < steps:
         step, start, batch = step + 1, time.time(), next(batches)
