@@ -598,9 +598,10 @@ def train_values(args, rollouts, usable, rank, world, device, caught):
         values = per_token(rollouts, lambda input_ids, mask: [network(input_ids)], args.micro_tokens, "values", args.shard)[0]
         if rank == 0:
             write_atomic(path, lambda p: torch.save(values, p))
-            (out / "state.pt").unlink(missing_ok=True)
         if world > 1:
             dist.barrier()
+    if rank == 0:
+        (out / "state.pt").unlink(missing_ok=True)
     values = read_tensors(path, "file of values", "delete it, they will be computed again")
     if not is_flat(values, torch.float32) or len(values) != rollouts["response_offsets"][-1]:
         raise InputError(f"{path} belongs to other rollouts: delete it")
@@ -646,8 +647,11 @@ def start_run(out, args, rank, **facts):
         for k in facts:
             if run.get(k) != facts[k]:
                 raise InputError(f"{out} holds a run with another {k.replace('_', ' ')} (its content has changed since): {hint}")
-        if not (finished := (Path(out) / "final").exists()):
+        finished = (Path(out) / "final").exists()
+        if not finished:
             check_out(out)
+        elif rank == 0:
+            drop_states(out, "final", args.save_every)      # a kill may have come between the last save and this
         return run, finished
     check_out(out)
     if any(p.suffix != ".partial" for p in Path(out).glob("*")):
@@ -679,6 +683,16 @@ def read_state(save):
     return state
 
 
+def drop_states(out, name, save_every):
+    """Remove the optimizer states that the save `name` has made superfluous."""
+    for older in Path(out).glob("step-*"):
+        if older.suffix != ".partial" and older.name != name:
+            if (older / "optimizer.pt").exists():
+                (older / "optimizer.pt").unlink()
+            if int(older.name.split("-")[1]) % save_every:  # was saved between two others because of a signal
+                shutil.rmtree(older)
+
+
 def save_step(out, name, lm, tokenizer, optimizer, step, save_every):
     """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded. Also in distill.py.
 
@@ -689,11 +703,7 @@ def save_step(out, name, lm, tokenizer, optimizer, step, save_every):
     moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}     # none before the first step
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": moments}, weights)
-        for older in Path(out).glob("step-*"):
-            if older.suffix != ".partial" and older.name != name:
-                (older / "optimizer.pt").unlink(missing_ok=True)
-                if int(older.name.split("-")[1]) % save_every:                      # was saved between two others because of a signal
-                    shutil.rmtree(older)
+        drop_states(out, name, save_every)
         size, total = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2 ** 30 for folder in (Path(out) / name, Path(out)))
         tqdm.write(f"saved {out}/{name}: {size:.3f} GiB, of {total:.3f} GiB in {out}")
 

@@ -121,8 +121,10 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def contents(folder):
-    """{file: what it holds} of a finished run, timing, figures and the folder's own name aside."""
+def contents(folder, other=""):
+    """{file: what it holds} of a finished run, timing, figures and the folder's name aside; other: where it or its like was written."""
+    def anonymous(text):
+        return text.replace(str(folder), "OUT").replace(str(other or folder), "OUT")
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -132,18 +134,18 @@ def contents(folder):
         elif path.suffix == ".pt":
             value = plain(torch.load(path, weights_only=True))
         elif path.suffix in (".json", ".jsonl"):
-            text = path.read_text().replace(str(folder), "OUT")
+            text = anonymous(path.read_text())
             value = plain([json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text))
         else:
             value = path.is_file()
         if path.suffix == ".pt":
-            value = repr(value).replace(str(folder), "OUT")
+            value = anonymous(repr(value))
         found[name] = value
     return found
 
 
 def same(a, b):
-    a, b = contents(a), contents(b)
+    a, b = contents(a, b), contents(b, a)
     assert sorted(a) == sorted(b)
     assert [name for name in a if a[name] != b[name]] == []
 
@@ -202,6 +204,23 @@ def killed_then_continued(start, tiny, tmp_path, stage, n):
 @pytest.mark.parametrize("stage, n", [("rollout", 1), ("ce", 2)])
 def test_kill_9_and_the_same_command_give_the_same_files(start, tiny, tmp_path, stage, n):
     killed_then_continued(start, tiny, tmp_path, stage, n)
+
+
+def test_a_kill_between_the_last_save_and_its_tidying_leaves_nothing_behind(tiny, tmp_path):
+    script, flags = commands(tiny, tmp_path / "whole", "ce")
+    assert conftest.run_here(script, *flags) == 0
+    script, flags = commands(tiny, tmp_path / "killed", "ce")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def dies_at_the_end(out, name, *rest, original=teacher.drop_states):
+            if name == "final":
+                raise KeyboardInterrupt
+            original(out, name, *rest)
+        patch.setattr("teacher.drop_states", dies_at_the_end)
+        assert conftest.run_here(script, *flags) == 1
+    assert list((tmp_path / "killed" / "out").glob("step-*/optimizer.pt"))
+    assert conftest.run_here(script, *flags) == 0           # already finished, but for this
+    same(tmp_path / "whole", tmp_path / "killed")
 
 
 @long_part
