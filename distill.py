@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from rollout import InputError, checkpoint_fingerprint, defer_signals, run_main, write_atomic, write_json
 from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, leave, load_moments, load_policy, load_rollouts, local,
-                     log_ratio, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp, shard_over_ranks,
-                     start_run, step_batches, step_metrics, stop_asked, stop_if_not_finite, token_sums)
+                     log_ratio, memory_advice, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp,
+                     shard_over_ranks, split_summary, start_run, step_batches, step_metrics, stop_asked, stop_if_not_finite, token_sums)
 
 
 # ---- the signal ---------------------------------------------------------------------------------------------------------
@@ -231,6 +231,8 @@ def main():
     for _ in range(step):
         next(batches)
     bar, caught = tqdm(total=args.steps, initial=step, desc="distill", disable=rank > 0), defer_signals()   # a signal waits for the end of a step
+    if rank == 0:
+        bar.write(split_summary(lengths[next(step_batches(rollouts, usable, args.batch_prompts, args.seed))], args.micro_tokens, world, args.shard))
     while step < args.steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens = response_lengths[batch].sum().item()                             # of the whole step, on every rank
@@ -297,4 +299,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lambda: memory_advice(parse_args()))

@@ -81,10 +81,11 @@ def defer_signals():
     return caught
 
 
-def run_main(main):
+def run_main(main, memory_advice=None):
     """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else. Also used by the others.
 
     SIGTERM and Ctrl-C end a stage at once, except in a training loop, which saves first; either way exit code 1.
+    memory_advice() says which flag to change when the GPU's memory was not enough.
     """
     code, name, first = 0, Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -99,6 +100,9 @@ def run_main(main):
     except RunError as error:                               # whichever rank it is: only that one may know
         code = 1
         print(f"{name}: error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        code = 1
+        print(f"{name}: error: out of GPU memory: {memory_advice() if memory_advice else one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt as stop:
         code = 1
         if first:
@@ -1077,4 +1081,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lambda: f"try --shard-prompts {max(1, parse_args().shard_prompts // 2)}, or with vLLM a lower --gpu-memory-utilization")

@@ -387,6 +387,24 @@ def micro_batches(lengths, micro_tokens, world=1, lockstep=False):
     return dealt
 
 
+def split_summary(lengths, micro_tokens, world, lockstep=False):
+    """How the responses of one optimizer step, of `lengths` tokens, are split: one line for the log. Also used by distill.py."""
+    shares = micro_batches(lengths, micro_tokens, world, lockstep)
+    padded = sum(len(m) * lengths[m].max().item() for share in shares for m in share)
+    work = [sum((lengths[m] * (1 + lengths[m] / 32768)).sum().item() for m in share) for share in shares]
+    return (f"first step: {sum(map(len, shares))} micro-batches on {world} rank(s), {100 * (1 - lengths.sum().item() / padded):.1f} % padding, "
+            f"ranks {100 * sum(work) / world / max(work):.0f} % balanced")
+
+
+def memory_advice(args):
+    """What to change when memory was not enough, the cheapest first. Also used by distill.py."""
+    if not args.checkpointing:
+        return "leave out --no-checkpointing"
+    others = " ".join(flag for flag, given in (("--offload-activations", args.offload_activations), ("--shard", args.shard)) if not given)
+    return (f"try --micro-tokens {args.micro_tokens // 2}; a single response is never split, so if the longest one is what does not fit: "
+            f"{others or 'more GPUs'}")
+
+
 # ---- checkpoints and scores --------------------------------------------------------------------------------------------
 
 def setup_ddp():
@@ -927,6 +945,8 @@ def main():
         next(batches)
     bar = tqdm(total=steps, initial=step, desc=f"teacher {args.loss}", disable=rank > 0)
     lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+    if rank == 0:
+        bar.write(split_summary(lengths[next(step_batches(rollouts, usable, args.batch_prompts, args.seed))], args.micro_tokens, world, args.shard))
     while step < steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens, n_responses = response_lengths[batch].sum().item(), len(batch)    # of the whole step, on every rank
@@ -996,4 +1016,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lambda: memory_advice(parse_args()))

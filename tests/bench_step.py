@@ -14,7 +14,6 @@ import functools
 import json
 import platform
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
