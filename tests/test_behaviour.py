@@ -1,6 +1,7 @@
 """What the stages do to a policy, on a small random model."""
 import gc
 import json
+import re
 
 import pytest
 import torch
