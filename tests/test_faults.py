@@ -741,8 +741,6 @@ def test_the_driver_is_killed_anywhere_and_finishes_with_the_same_results(tmp_pa
         process.wait()
     end(driver(out, "table3"), out)
     same(whole / "demo", out)
-    text = Path(f"{out}.log").read_text()
-    assert "Traceback" not in text and text.count("waiting for the stage") <= 1
 
 
 def test_two_drivers_in_one_folder_are_refused_and_sigterm_reaches_the_stage(tmp_path):
