@@ -483,7 +483,8 @@ table11() {                           # Qwen3.5: three batches of MSE + distilla
   teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # 80.8
   measure ce/final
   if [ -n "$REAL" ]; then                                                 # code, trained apart; the demonstration world has no programs
-    prompts=$CODE_PROMPTS code_benchmarks=$CODE_BENCHMARKS dir=$dir/code COLLECT="$COLLECT --task code"
+    where=$where-code prompts=$CODE_PROMPTS code_benchmarks=$CODE_BENCHMARKS COLLECT="$COLLECT --task code"
+    dir=$where/seed$seed
     collect rollouts base 1                                                                                  # 56.1
     measure base
     teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                # 50.7
