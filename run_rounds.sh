@@ -42,7 +42,7 @@ K_TABLES=${K_TABLES:-8}                                        # samples per tes
 JOBS=${JOBS:-$([ -n "$REAL" ] && echo 1 || nproc)}             # seeds at the same time, with one thread each
 CODE_PROMPTS=${CODE_PROMPTS:-areal-boba-2-rl-code.jsonl}       # Table 11
 CODE_BENCHMARKS=${CODE_BENCHMARKS:-livecodebench=livecodebench-v6.jsonl:32}
-code_benchmarks= children= name= where= dir= seed=
+code_benchmarks= validation= children= where= dir= seed=
 trap 'for child in $children; do kill -- "-$child" 2> /dev/null || true; done' EXIT
 
 # glibc gives large blocks back to the system after each use; keeping them makes training on CPU a little faster
@@ -216,9 +216,9 @@ demonstration() {                     # demonstration WORLD   toy, or one of sho
   esac
   step "$base" python tests/toy.py --out "${base%/base}" $toy
   prompts=${base%/base}/prompts/train.jsonl
-  benchmarks="validation=${base%/base}/prompts/validation.jsonl:2 test=${base%/base}/prompts/test.jsonl:$K_TABLES"
+  validation="validation=${base%/base}/prompts/validation.jsonl:2" benchmarks="test=${base%/base}/prompts/test.jsonl:$K_TABLES"
   # Half the paper's prompts, responses and batches, so an epoch has its 32 or 16 steps. Chosen on validation prompts.
-  COLLECT="--num-prompts $PROMPTS_TABLES $SAMPLE" ONLINE="--num-prompts 16 $SAMPLE" ONLINE_PART=5 FLAGS=$TRAIN SCORE=$MEASURE SCORE_KL=
+  COLLECT="--num-prompts $PROMPTS_TABLES $SAMPLE" ONLINE="--num-prompts 16 $SAMPLE" ONLINE_PART=5 FLAGS=$TRAIN SCORE="$MEASURE --shard-prompts 200" SCORE_KL=
   BATCH32="--batch-prompts 16" BATCH64="--batch-prompts 32"
   CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 1" BETA_5E2="--beta 2" STAGE1_KL="--kl-coef 3 --kl-kind exact"
   SAPO="--loss sapo --lr 1e-4" GRPO="--loss grpo --lr 3e-4" PPO="--loss ppo --lr 2e-4 --value-steps 100 --value-lr 1e-3"
@@ -237,7 +237,7 @@ paper() {                             # paper MODEL   settings of Sec. 4.1; on r
     *Qwen3-4B*) length=81920 ;;
     *Nanbeige*) length=65536 ;;
   esac
-  base=$1 prompts=${PROMPTS:-polaris.jsonl} benchmarks=${BENCHMARKS:-hmmt=hmmt.jsonl:32}
+  base=$1 prompts=${PROMPTS:-polaris.jsonl} benchmarks=${BENCHMARKS:-hmmt=hmmt.jsonl:32} validation=       # the first benchmark, as in the paper
   COLLECT="--num-prompts 1000 --n 16 --temperature $temperature --max-tokens 32768"
   ONLINE="--num-prompts 32 --n 16 --temperature $temperature --max-tokens 32768" ONLINE_PART=1 FLAGS=
   SCORE="--temperature $temperature --top-p 0.95 --max-tokens $length"
@@ -309,12 +309,17 @@ measure() {                           # measure CHECKPOINT...   those that resul
   fi
 }
 
+validate() {                          # validate CHECKPOINT...   on the demonstration world's validation prompts too, where one is chosen by them
+  if [ -n "$validation" ]; then benchmarks=$validation measure "$@"; fi
+}
+
 best() {                              # best CHECKPOINT...   the most accurate on validation; DRY_RUN takes the first
-  local checkpoint finals="" first=${benchmarks%%=*}
+  local checkpoint finals="" first=${validation:-$benchmarks}
   if [ -n "${DRY_RUN:-}" ]; then echo "$1"; return; fi
   measure "$@" >&2
+  validate "$@" >&2
   for checkpoint in "$@"; do finals="$finals $(at "$checkpoint")"; done
-  checkpoint=$(python evaluate.py --pick "$first" --model $finals --out "$where/results.jsonl")
+  checkpoint=$(python evaluate.py --pick "${first%%=*}" --model $finals --out "$where/results.jsonl")
   echo "${checkpoint#"$dir/"}"
 }
 
@@ -330,7 +335,8 @@ table1() {                            # losses x distillation; the comments hold
   teach mse  base rollouts $MSE $BATCH32 --steps 70                                                          # 36.4, 37.1
   distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # 71.1, 74.9
   measure $(path ppo 100 20) $(path grpo 100 20) $(path sapo 120 20) $(path ce 100 20) mse/step-0010 mse/final \
-    grpo-student/final sapo-student/final ce-student/final mse-min0/final
+    {grpo,sapo,ce}-student/final mse-min0/final
+  validate $(path ppo 100 20) $(path grpo 100 20) $(path sapo 120 20) $(path ce 100 20)
 }
 
 batches() {                           # batches 1 to 4 of Table 2
@@ -441,6 +447,7 @@ table8() {                            # ensembles: an old-start teacher, then an
   distil ensemble-1e2-5e2 $strong unlearned-ce-1e2/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH32 --steps 32 --save-every 16  # 66.8
   distil ensemble-1e3-5e2 $strong unlearned-ce-1e3/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH32 --steps 32 --save-every 16  # 69.0
   measure mse-min0/final ce-student/final ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2}/{step-0016,final}
+  validate ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2}/{step-0016,final}
 }
 
 table9() {                            # recovery of an unlearned policy by SFT or CE: students on HMMT Feb 25 and Nov 25
@@ -455,7 +462,7 @@ table9() {                            # recovery of an unlearned policy by SFT o
     teach $un-ce $un/final rollouts $CE $BETA_1E3 --ref start $BATCH32 --steps 70
     distil $un-ce-student base $un-ce/final $un/final rollouts $DISTIL_WEAK $BATCH64 --steps 16
   done
-  measure unlearned-{a,b,c}/final unlearned-{a,b,c}-{sft,ce}/final unlearned-{a,b,c}-{sft,ce}-student/final
+  measure unlearned-{a,b,c}/final unlearned-{a,b,c}-{sft,ce}-student/final
 }
 
 table10() {                           # MSE + distillation on five models: HMMT Feb 25 and AIME24 length
@@ -479,7 +486,7 @@ table11() {                           # Qwen3.5: three batches of MSE + distilla
     start=mse-batch$n/student/final
   done
   measure signal-70-10/final mse-batch{2,3}/student/final
-  case $name in *27B|long) return ;; esac
+  case $model in *27B|long) return ;; esac
   teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # 80.8
   measure ce/final
   if [ -n "$REAL" ]; then                                                 # code, trained apart; the demonstration world has no programs
@@ -515,7 +522,8 @@ fig4() {                              # accuracy over steps on one batch: SAPO (
   teach sapo-4 base rollouts $SAPO $BATCH32 --steps 4                     # what common practice stops at
   teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100
   teach ce-4 base rollouts $CE $BETA_1E3 $BATCH32 --steps 4
-  measure sapo-4/final ce-4/final $(path sapo 120 20) $(path ce 100 20)
+  measure {sapo,ce}-4/final $(path sapo 120 20) $(path ce 100 20)
+  validate $(path sapo 120 20) $(path ce 100 20)
 }
 
 fig5() {                              # MSE: unlearning, then recovery; explained variance
@@ -532,6 +540,7 @@ fig6() {                              # accuracy against KL: CE at two betas and
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16
   distil ce-1e2-student base ce-1e2/final old rollouts $DISTIL $BATCH64 --steps 16                           # 65.1 after 10 steps, 63.8 after 16
   measure $(path ce 100 20) $(path ce-1e2 100 20) ce-kl/step-0010 $(path ce-kl 100 20) {ce,ce-1e2}-student/{step-0010,final}
+  validate $(path ce 100 20) $(path ce-kl 100 20)
 }
 
 fig7() {                              # pi_old or the live student as denominator
@@ -566,10 +575,11 @@ fig9() {                              # unlearning strength, and SFT from the po
   teach unlearned-a base rollouts $UNLEARN_A $BATCH32 --steps 10
   teach unlearned-b base rollouts $UNLEARN_B $BATCH32 --steps 10
   teach unlearned-c base rollouts $UNLEARN_C $BATCH32 --steps 10
+  local un
   for un in unlearned-a unlearned-b unlearned-c; do
     teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 70
   done
-  measure unlearned-{a,b,c}/final unlearned-{a,b,c}-sft/final
+  measure unlearned-{a,b,c}/final
 }
 
 fig10() {                             # outliers: probabilities of the MSE policy against the values of a linear critic (PPO's)
@@ -607,38 +617,54 @@ seeds() {                             # seeds TABLE   fewer where a table takes 
   case ${REAL:+real}$1 in
     real*) echo 0 ;;
     table2|table3|table4|table6|table10|table11|fig8) echo "0 1" ;;
-    *) echo "0 1 2 3" ;;
+    *) echo "0 1 2" ;;
   esac
 }
 
-recipe() {                            # recipe NAME   every model of a table, JOBS seeds side by side
-  local model seed
-  for model in $(models "$1"); do
+tables() {                            # tables NAME...   every model and seed of these recipes, JOBS at a time, then one report
+  local list="" model name
+  for name in "$@"; do
+    for model in $(models "$name"); do
+      case " $list " in *" $model "*) ;; *) list="$list $model" ;; esac
+    done
+  done
+  if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi     # on a small model two jobs of one thread do twice the work of one job of two
+  for model in $list; do
+    free
+    where=$TABLES/runs/${model##*/}
     if [ -n "$REAL" ]; then paper "$model"; else demonstration "$model"; fi
-    name=${model##*/} where=$TABLES/runs/${model##*/}
     measure base
-    for seed in $(seeds "$1"); do
+    validate base
+    for seed in $(for name in "$@"; do seeds "$name" | tr ' ' '\n'; done | sort -nu); do
       dir=$where/seed$seed
-      if [ -n "${DRY_RUN:-}" ] || [ "$JOBS" = 1 ]; then ( "$1" ); continue; fi
-      while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+      if [ -n "${DRY_RUN:-}" ] || [ "$JOBS" = 1 ]; then ( recipes "$@" ); continue; fi
+      free
       mkdir -p "$where"
       set -m                          # a process group of its own, so that it can be stopped with its children
-      ( trap '[ $? = 0 ] || { tail -n 5 "$dir.log"; echo "run_rounds.sh: $1 stopped, see $dir.log"; } >&3' EXIT
-        export OMP_NUM_THREADS=1      # on a small model two jobs of one thread do twice the work of one job of two
-        "$1" ) >> "$dir.log" 2>&1 < /dev/null &
+      ( trap '[ $? = 0 ] || { tail -n 5 "$dir.log"; echo "run_rounds.sh: stopped, see $dir.log"; } >&3' EXIT
+        recipes "$@" ) >> "$dir.log" 2>&1 < /dev/null &
       set +m
       children="$children $!"
     done
-    while [ -n "$(jobs -p)" ]; do wait -n; done
+  done
+  while [ -n "$(jobs -p)" ]; do wait -n; done
+  local out=$TABLES/$1
+  if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
+  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --title "${REAL:-demonstration world}"
+}
+
+recipes() {                           # recipes NAME...   those that want this model and this seed, one after the other
+  local name start
+  for name in "$@"; do
+    case " $(models "$name") " in *" $model "*) ;; *) continue ;; esac
+    case " $(seeds "$name") " in *" $seed "*) ;; *) continue ;; esac
+    start=$SECONDS
+    "$name"
+    if [ -z "${DRY_RUN:-}" ]; then echo "$name ${model##*/} seed$seed $((SECONDS - start)) s" | tee -a "$TABLES/seconds.txt" >&3; fi
   done
 }
 
-tables() {                            # tables NAME...   the recipes, then one report
-  local name out=$TABLES/$1
-  if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
-  for name in "$@"; do echo "$name"; recipe "$name"; done
-  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --title "${REAL:-demonstration world}"
-}
+free() { while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done; }      # wait until fewer than JOBS jobs run; stop if one failed
 
 ALL="table1 table2 table3 table4 table5 table6 table7 table8 table9 table10 table11 table12 fig4 fig5 fig6 fig7 fig8 fig9 fig10"
 case "${1:-demo}" in

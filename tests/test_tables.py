@@ -156,16 +156,16 @@ def test_bootstrap_interval_is_as_wide_as_theory_says():
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randn(5, generator=generator, dtype=torch.float64)
     _, low, high = evaluate.bootstrap(seeds[:, None].expand(5, 20000).contiguous(), generator)
-    assert (high - low) / 2 == pytest.approx(1.96 * seeds.std() / 5 ** 0.5, rel=0.1)                # s / sqrt(n), the unbiased s
+    assert (high - low) / 2 == pytest.approx(1.96 * seeds.std().item() / 5 ** 0.5, rel=0.1)                # s / sqrt(n), the unbiased s
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------------
 
-def fake_run(world, out, steps, every, accuracy, script="teacher.py", rollouts="rollouts", **args):
+def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, **args):
     """A finished run without weights: run.json, metrics.jsonl, and rows of its checkpoints that are right `accuracy` of the time."""
-    folder = world / "seed0" / out
+    folder = world / f"seed{seed}" / out
     folder.mkdir(parents=True)
-    info = {"script": script, "args": {"rollouts": f"{world}/seed0/{rollouts}", "lr": 1e-3, "batch_prompts": 4, "kl_coef": 0.0, **args}}
+    info = {"script": script, "args": {"rollouts": f"{world}/seed{seed}/{rollouts}", "lr": 1e-3, "batch_prompts": 4, "kl_coef": 0.0, **args}}
     if out.startswith("ce-1e2-"):
         far = 2.0 if out.endswith("student") else 0.5
         info["movement"] = {"count": [10, 5], "teacher": [0.01, 2.0], "student": [0.01, far], "ratio": 1.0}
@@ -195,14 +195,15 @@ def finished(tmp_path_factory):
             if "out" not in c or c["script"] == "evaluate.py" or "/seed" in c["out"] or c["out"] in made or c["out"].startswith("runs/"):
                 continue
             made.add(c["out"])
-            if c["script"] == "rollout.py":
-                (world / "seed0" / c["out"]).mkdir(parents=True, exist_ok=True)
-                (world / "seed0" / c["out"] / "rollouts.json").write_text(json.dumps({"summary": {"responses": 100, "mean_length": 40.0, "tok_per_s": 100.0}}))
-            elif c["script"] in ("teacher.py", "distill.py"):
-                accuracy = 0.2 if c["out"] == "mse" else 0.75 if "student" in c["out"] else 0.6
-                teacher = {"teacher": f"{world}/seed0/{c['teacher']}"} if "teacher" in c else {}
-                rows += fake_run(world, c["out"], int(c["steps"]), 1 if c.get("save-every") == "2" or c["steps"] in ("1", "32") else 10 if c["steps"] != "16" else 2,
-                                 accuracy, c["script"], c["rollouts"], **teacher)
+            for seed in (0, 1):
+                if c["script"] == "rollout.py":
+                    (world / f"seed{seed}" / c["out"]).mkdir(parents=True, exist_ok=True)
+                    (world / f"seed{seed}" / c["out"] / "rollouts.json").write_text(json.dumps({"summary": {"responses": 100, "mean_length": 40.0, "tok_per_s": 100.0}}))
+                elif c["script"] in ("teacher.py", "distill.py"):
+                    every = 1 if c.get("save-every") == "2" or c["steps"] in ("1", "32") else 2 if c["steps"] == "16" else 10
+                    teacher = {"teacher": f"{world}/seed{seed}/{c['teacher']}"} if "teacher" in c else {}
+                    accuracy = 0.2 if c["out"] == "mse" else 0.75 if "student" in c["out"] or "min0" in c["out"] else 0.6
+                    rows += fake_run(world, seed, c["out"], int(c["steps"]), every, accuracy, c["script"], c["rollouts"], **teacher)
     rows = [fake_row(world, "base", 0.4, 0.0, b) for b in ("validation", "test")] + rows
     (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
