@@ -31,14 +31,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rollout import InputError, checkpoint_fingerprint, run_main, write_atomic, write_json
-from teacher import (Policy, check_tokenizer, find_old, load_policy, load_rollouts, log_ratio, micro_batches, newest_save,
-                     pad_responses, read_metrics, save_step, score, setup_ddp, start_run, step_batches, step_metrics,
-                     stop_if_not_finite, token_sums)
+from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, load_moments, load_policy, load_rollouts, local,
+                     log_ratio, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp, shard_over_ranks,
+                     start_run, step_batches, step_metrics, stop_if_not_finite, token_sums)
 
 
 # ---- the signal ---------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def distill_loss(logp, entropy, old_logp, adv, mask, clip=0.2, kl_coef=0.0, entr
     return -objective.masked_fill(mask == 0, 0.0).sum()
 
 
-def kl_to_old(policy, rollouts, indices, micro_tokens):
+def kl_to_old(policy, rollouts, indices, micro_tokens, shard=False):
     """Mean KL(pi || pi_old) over the whole vocabulary at the response tokens of `indices`, nats per token; all ranks share it.
 
     Not from the old samples: their estimate misses mass that leaks to tokens that nobody sampled.
@@ -106,9 +105,12 @@ def kl_to_old(policy, rollouts, indices, micro_tokens):
     rank, world, device = setup_ddp()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for micro in micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world)[rank]:
+        shares = micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world, shard)
+        for micro in shares[rank]:
             input_ids, mask = pad_responses(rollouts, indices[micro], device)
             total += torch.stack([policy(input_ids, mask, exact_kl=True)[2].double().sum(), mask.double().sum()])
+        for _ in range(shard * (len(shares[0]) - len(shares[rank]))):
+            policy(*idle_inputs(device), exact_kl=True)
     if world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -140,6 +142,8 @@ def parse_args(argv=None):
     arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
     arg("--max-grad-norm", type=float, default=1.0)
     arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: 1.3x the time")
+    arg("--offload-activations", action="store_true", help="keep what checkpointing saves in host memory: for the longest responses")
+    arg("--shard", action="store_true", help="split parameters, gradients and Adam state over ranks (FSDP) instead of DDP")
     arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
     arg("--seed", type=int, default=0, help="order of the prompts")
     # Saving
@@ -173,6 +177,8 @@ def main():
     if not usable.any():
         raise InputError(f"{args.rollouts}: every response is truncated; leave out --drop-truncated")
     rank, world, device = setup_ddp()
+    if args.shard and world == 1:
+        raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")
     if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.student),
                  rollouts_fingerprint=rollouts["fingerprint"]):
         if rank == 0:
@@ -181,7 +187,7 @@ def main():
 
     # ---- the signal, from scores that are computed once ------------------------------------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
-                   trust_remote_code=args.trust_remote_code)
+                   trust_remote_code=args.trust_remote_code, shard=args.shard)
     old_logp = score(old, args.rollouts, **options)
 
     def role_logp(role):
@@ -203,18 +209,19 @@ def main():
 
     # ---- the one model that trains ---------------------------------------------------------------------------------------
     step, save = newest_save(args.out)
-    lm = load_policy(save or args.student, device, args.checkpointing, args.trust_remote_code)
+    home = "cpu" if args.shard else device                                          # sharding puts each rank's part on its GPU
+    lm = load_policy(save or args.student, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
     exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # this and --max-kl: two models in memory
-    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact or args.max_kl else None
+    old_lm = load_policy(old, home, trust_remote_code=args.trust_remote_code) if exact or args.max_kl else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
-    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
+    model = (shard_over_ranks(policy) if args.shard else
+             DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     if save:
-        state = torch.load(save / "optimizer.pt", weights_only=True, map_location=device)
-        optimizer.load_state_dict(state["optimizer"])
+        load_moments(save, lm, optimizer)
     metrics = read_metrics(args.out, step)
     kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # --max-kl: one batch, always the same
-    if args.max_kl and step == 0 and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens)) > args.max_kl:
+    if args.max_kl and step == 0 and (kl := kl_to_old(policy, rollouts, kl_states, args.micro_tokens, args.shard)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g} before the first step")
 
     # ---- training loop ---------------------------------------------------------------------------------------------------
@@ -225,10 +232,10 @@ def main():
     while step < args.steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens = response_lengths[batch].sum().item()                             # of the whole step, on every rank
-        micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
+        shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
         sums = torch.zeros(12, dtype=torch.float64, device=device)                  # loss, then token_sums
-        for i, micro in enumerate(micros):
-            model.require_backward_grad_sync = i == len(micros) - 1                 # one all-reduce per step
+        for i, micro in enumerate(shares[rank]):
+            model.require_backward_grad_sync = i == len(shares[rank]) - 1           # DDP: one all-reduce per step
             idx = batch[micro]
             input_ids, mask, old_lp, teacher_lp, a_hat = pad_responses(rollouts, idx, device, old_logp, teacher_logp, adv)
             reward = rollouts["reward"][idx].to(device)
@@ -241,18 +248,22 @@ def main():
             (loss * world).backward()                                               # DDP averages over ranks; we want the sum
             sums[0] += loss.detach()
             sums[1:] += token_sums(logp, entropy, old_lp, mask, reward, a_hat, args.clip, args.clip)
-        grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
+        for _ in range(args.shard * (len(shares[0]) - len(shares[rank]))):
+            (model(*idle_inputs(device), exact)[0].sum() * 0).backward()
+        grad_norm = clip_gradients(lm, args.max_grad_norm)
         if world > 1:
             dist.all_reduce(sums)
         stop_if_not_finite(step, sums[0].item(), grad_norm, rollouts["prompt_index"][batch])
         if args.max_kl:
-            inside = {k: v.to("cpu", copy=True) for k, v in lm.state_dict().items()}
+            inside = [local(p).detach().to("cpu", copy=True) for p in lm.parameters()]
             moments = copy.deepcopy(optimizer.state_dict())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        kl = kl_to_old(policy, rollouts, kl_states, args.micro_tokens) if args.max_kl else None
+        kl = kl_to_old(policy, rollouts, kl_states, args.micro_tokens, args.shard) if args.max_kl else None
         if args.max_kl and kl > args.max_kl:                                        # Eq. 7: back into the trust region, and done
-            lm.load_state_dict(inside)
+            with torch.no_grad():
+                for p, kept in zip(lm.parameters(), inside, strict=True):
+                    local(p).copy_(kept)
             optimizer.load_state_dict(moments)
             if rank == 0:
                 write_atomic(args.out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
@@ -273,10 +284,9 @@ def main():
             bar.write(f"step {step:03d}/{args.steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
                       + (f"kl(new,old) {kl:.4f} | " if args.max_kl else "") + f"entropy {m['entropy']:.3f} | "
                       f"clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-            if step % args.save_every == 0:
-                save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
-    if rank == 0:
-        save_step(args.out, "final", lm, tokenizer, optimizer, step)
+        if step % args.save_every == 0:
+            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
+    save_step(args.out, "final", lm, tokenizer, optimizer, step)
     if world > 1:
         dist.barrier()                                      # the others wait until the checkpoint is complete
 

@@ -655,9 +655,15 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
               logprobs_mode="processed_logprobs")           # of the distribution that is sampled from, temperature included
     os.environ.clear()
     os.environ.update(saved)
+    # vLLM's engine is a process of its own, which would outlive a rank that is killed and keep its GPU
+    engines = " ".join(str(process.pid) for process in multiprocessing.active_children())
+    watch = f"while kill -0 {os.getpid()}; do sleep 1; done; kill -9 {engines}"
+    watcher = subprocess.Popen(["sh", "-c", watch], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def close():
         llm.llm_engine.engine_core.shutdown()
+        watcher.kill()
+        watcher.wait()
     return lambda shards, **settings: generate_vllm(llm, shards, **settings), close
 
 

@@ -32,6 +32,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -44,14 +48,16 @@ transformers.utils.logging.disable_progress_bar()           # one bar per run: o
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------------------
 
-VOCAB_TILE = 8192                                           # columns of the head that are in memory at once
+# columns of the head that are in memory at once: a GPU wants large tiles, a CPU tiles that fit its cache
+VOCAB_TILE = 8192 if torch.cuda.is_available() else 2048
 
 
 class HeadLogps(torch.autograd.Function):
     """log p(target) and entropy of softmax(h W^T / temperature), in tiles of tokens x vocabulary.
 
     At 32k tokens and V = 152k the logits are 20 GB in fp32. Here they exist one tile at a time: forward keeps only the
-    log-normaliser and the entropy of each token, backward computes the tiles again. With p = softmax(z), z the logits,
+    log-normaliser and the entropy of each token, backward computes the tiles again. With p = softmax(z), z the logits
+    divided by the temperature,
 
         d logp / dz_v = 1[v = target] - p_v          d H / dz_v = -p_v (log p_v + H)
     """
@@ -61,18 +67,19 @@ class HeadLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)         # fp32 from the logits on
         top, total, first, target_logit = (torch.full((len(hidden),), fill, dtype=wide, device=hidden.device)
                                            for fill in (-math.inf, 0.0, 0.0, 0.0))
-        for row in range(0, len(hidden), chunk):
-            i = slice(row, row + chunk)
-            for v in range(0, len(weight), VOCAB_TILE):
-                z = tile_logits(hidden[i], weight[v:v + VOCAB_TILE], temperature, wide)     # (C, tile)
-                new_top = torch.maximum(top[i], z.max(dim=1).values)
+        for v in range(0, len(weight), VOCAB_TILE):
+            w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
+            for row in range(0, len(hidden), chunk):
+                i = slice(row, row + chunk)
+                z = product(hidden[i], w.T, wide).to(wide).div_(temperature)        # (C, tile)
+                new_top = torch.maximum(top[i], z.amax(1))
                 here = targets[i] - v
-                inside = (here >= 0) & (here < z.shape[1])
-                target_logit[i] += z.gather(1, here.clamp(0, z.shape[1] - 1)[:, None])[:, 0] * inside
-                shrink = (top[i] - new_top).exp()                       # rescale what earlier tiles summed
+                inside = (here >= 0) & (here < len(w))
+                target_logit[i] += z.gather(1, here.clamp(0, len(w) - 1)[:, None])[:, 0] * inside
+                shrink = (top[i] - new_top).exp()                       # rescales what earlier tiles summed
                 e = (z - new_top[:, None]).exp_()
                 total[i] = total[i] * shrink + e.sum(1)                 # sum of exp(z)
-                first[i] = first[i] * shrink + torch.linalg.vecdot(e, z)    # sum of exp(z) z
+                first[i] = first[i] * shrink + e.mul_(z).sum(1)         # sum of exp(z) z
                 top[i] = new_top
         log_z = top + total.log()
         entropy = log_z - first / total                                 # H = log Z - E[z]
@@ -85,30 +92,29 @@ class HeadLogps(torch.autograd.Function):
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden.shape, dtype=ctx.wide, device=hidden.device)
         grad_weight = torch.empty_like(weight)
+        at_target, at_all = grad_logp / ctx.temperature, -(grad_logp + grad_entropy * entropy) / ctx.temperature
+        at_log_p = -grad_entropy / ctx.temperature
         for v in range(0, len(weight), VOCAB_TILE):         # vocabulary outside: each slice of dW is summed once, in fp32
-            w = weight[v:v + VOCAB_TILE]
+            w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
             grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
             for row in range(0, len(hidden), ctx.chunk):
                 i = slice(row, row + ctx.chunk)
-                log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
+                log_p = product(hidden[i], w.T, ctx.wide).to(ctx.wide).div_(ctx.temperature).sub_(log_z[i, None])
                 p = log_p.exp()
+                grad_z = log_p.mul_(at_log_p[i, None]).add_(at_all[i, None]).mul_(p)    # both formulas, sorted by powers of log p
                 here = targets[i] - v
                 inside = (here >= 0) & (here < len(w))
-                grad_z = log_p.add_(entropy[i, None]).mul_(-grad_entropy[i, None]).sub_(grad_logp[i, None]).mul_(p)
-                grad_z[inside.nonzero()[:, 0], here[inside]] += grad_logp[i][inside]
-                grad_z = grad_z.div_(ctx.temperature).to(hidden.dtype)
-                grad_hidden[i] += grad_z @ w.to(hidden.dtype)
-                grad_w += grad_z.T @ hidden[i]
+                grad_z[inside.nonzero()[:, 0], here[inside]] += at_target[i][inside]
+                grad_z = grad_z.to(hidden.dtype)
+                grad_hidden[i] += product(grad_z, w, ctx.wide)
+                grad_w += product(grad_z.T, hidden[i], ctx.wide)
             grad_weight[v:v + VOCAB_TILE] = grad_w
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def tile_logits(hidden, weight, temperature, wide):
-    """(C, D) x (tile, D) -> (C, tile), accumulated and kept in `wide` (on CUDA the product itself comes out in fp32)."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != wide:
-        return torch.mm(hidden, weight.T, out_dtype=wide).div_(temperature)
-    return torch.mm(hidden, weight.T).to(wide).div_(temperature)
+def product(a, b, wide):
+    """a @ b. CUDA gives its fp32 sums out as `wide`; elsewhere they are rounded to the operands' type."""
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else torch.mm(a, b)
 
 
 def logps_from_hidden(hidden, weight, targets, temperature=1.0, chunk=1024, with_entropy=True):
@@ -138,10 +144,21 @@ def exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, temperature=1.0
     return torch.cat(kls)
 
 
+def forward_dtype(device):
+    """What the forward computes in. Parameters, gradients, logits and everything after them are fp32 everywhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def hidden_states(model, input_ids):
     """Last hidden states (B, T-1, D) that predict tokens 1 to T-1. Right padding needs no mask: attention is causal."""
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):     # bf16 forward on GPU only
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    device, dtype = input_ids.device, forward_dtype(input_ids.device)
+    # no cache: it would hold a bf16 copy of every weight until the end, and each is used once
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+        embedded = model.base_model.get_input_embeddings()(input_ids)
+        if dtype == torch.bfloat16:
+            embedded = embedded.bfloat16()                  # and with it what the layers add to, which is what checkpointing keeps
+        hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
+    return hidden.bfloat16() if dtype == torch.bfloat16 else hidden
 
 
 def token_logps(model, input_ids, temperature=1.0, chunk=1024, mask=None):
@@ -179,6 +196,39 @@ class Policy(nn.Module):
         flat = (*logps_from_hidden(hidden, weight, input_ids[:, 1:][keep], self.temperature, self.chunk),
                 exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, self.temperature))
         return tuple(torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_scatter(keep, x) for x in flat)
+
+
+# ---- a model that does not fit one GPU ---------------------------------------------------------------------------------
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)        # states as rank 0 saves them, sharded or not
+
+
+def shard_over_ranks(model):
+    """Each rank keeps its part of parameters, gradients and Adam state, all in fp32, and gathers a layer when it runs (FSDP).
+
+    Gradients are averaged over ranks as in DDP, but after every micro-batch: kept whole until the end of the step they
+    would need the memory that is to be saved. Also used by distill.py.
+    """
+    for part in list(model.modules()):
+        if isinstance(getattr(part, "layers", None), nn.ModuleList):
+            for layer in part.layers:
+                fully_shard(layer)
+    return fully_shard(model, reshard_after_forward=True)   # embedding, last norm and head: gathered for forward and backward
+
+
+def idle_inputs(device):
+    """input_ids and mask of a micro-batch without a response: a rank that is done early still hands out its part of the weights."""
+    return torch.zeros(1, 2, dtype=torch.long, device=device), torch.zeros(1, 1, device=device)
+
+
+def local(x):
+    """This rank's part of a tensor; all of it unless --shard. Also used by distill.py."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def clip_gradients(model, largest):
+    """Clip the norm over all parameters and ranks (after the sync) and return it. Also used by distill.py."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 # ---- losses: each returns a SUM, over responses (ce, sapo) or response tokens (the others); the loop divides -----------
@@ -304,11 +354,13 @@ def step_batches(rollouts, usable, batch_prompts, seed):
         epoch += 1
 
 
-def micro_batches(lengths, micro_tokens, world=1):
+def micro_batches(lengths, micro_tokens, world=1, lockstep=False):
     """Split responses into micro-batches of at most `micro_tokens` padded tokens, and deal them to ranks.
 
     lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding; dealt longest
     first to the rank with the least work (dense FLOPs grow with L, attention with L^2; ours: equal at 32k tokens).
+    lockstep (--shard): ranks wait for each other in every layer, so each turn has micro-batches of like cost; the first
+    rank has the most turns.
     """
     if len(lengths) < world:
         raise InputError(f"a batch of {len(lengths)} responses cannot be split over {world} ranks: raise --batch-prompts")
@@ -325,7 +377,10 @@ def micro_batches(lengths, micro_tokens, world=1):
         micros[widest:widest + 1] = [micros[widest][:half], micros[widest][half:]]
     cost = [sum(lengths[i].item() * (1 + lengths[i].item() / 32768) for i in m) for m in micros]
     dealt, load = [[] for _ in range(world)], [0.0] * world
-    for m in sorted(range(len(micros)), key=lambda m: -cost[m]):
+    order = sorted(range(len(micros)), key=lambda m: -cost[m])
+    if lockstep:
+        return [[torch.tensor(micros[m]) for m in order[rank::world]] for rank in range(world)]
+    for m in order:
         rank = min(range(world), key=lambda r: (bool(dealt[r]), load[r]))           # none stays empty: DDP would wait for it
         dealt[rank].append(torch.tensor(micros[m]))
         load[rank] += cost[m]
@@ -345,22 +400,25 @@ def setup_ddp():
     return rank, world, device
 
 
-def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False):
+def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
     """A causal LM with fp32 parameters: at lr 1e-6 bf16 weights would round most updates away. Raises InputError.
 
-    Also used by distill.py.
+    offload: what checkpointing keeps waits in the memory of the host. Also used by distill.py.
     """
     lm = load_lm(path, torch.float32, trust_remote_code)
     if checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, **{"offload": True} if offload and torch.cuda.is_available() else {})
     return lm.to(device).train()                            # train(): else checkpointing is off; these models have no dropout
 
 
-def save_policy(lm, tokenizer, path, state=None):
-    """An ordinary Hugging Face folder in fp32, complete or absent; `state` (step, optimizer) makes it resumable."""
+def save_policy(lm, tokenizer, path, state=None, weights=None):
+    """An ordinary Hugging Face folder in fp32, complete or absent; `state` (step, optimizer) makes it resumable.
+
+    weights: a state dict in place of the model's own.
+    """
     partial = Path(path).with_name(Path(path).name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm.save_pretrained(partial)
+    lm.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     if state is not None:
         torch.save(state, partial / "optimizer.pt")
@@ -372,7 +430,7 @@ def save_policy(lm, tokenizer, path, state=None):
     os.rename(partial, path)
 
 
-def per_token(data, compute, micro_tokens, desc):
+def per_token(data, compute, micro_tokens, desc, shard=False):
     """compute(input_ids, mask) -> tensors (B, T-1), over all responses: one flat row per tensor, (rows, sum of response lengths).
 
     No gradient. All ranks share the work and get the whole result; all must call it.
@@ -380,18 +438,21 @@ def per_token(data, compute, micro_tokens, desc):
     rank, world, device = setup_ddp()
     bounds, flat = data["response_offsets"], None
     with torch.no_grad():
-        for indices in tqdm(micro_batches(data["offsets"].diff(), micro_tokens, world)[rank], desc=desc, disable=rank > 0, leave=False):
+        shares = micro_batches(data["offsets"].diff(), micro_tokens, world, shard)
+        for indices in tqdm(shares[rank], desc=desc, disable=rank > 0, leave=False):
             input_ids, mask = pad_responses(data, indices, device)
             rows = compute(input_ids, mask)
             flat = torch.zeros(len(rows), int(bounds[-1]), device=device) if flat is None else flat
             where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices]).to(device)
             flat[:, where] = torch.stack([x[mask.bool()] for x in rows])
+        for _ in range(shard * (len(shares[0]) - len(shares[rank]))):
+            compute(*idle_inputs(device))
     if world > 1:
         dist.all_reduce(flat)                                                       # each token was computed by one rank
     return flat.cpu()
 
 
-def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False):
+def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False, shard=False):
     """log pi(a|s) of every response token of the rollouts folder under a checkpoint: flat fp32 [sum of response lengths].
 
     Computed once and kept in ROLLOUTS/scores under the fingerprints of both and the temperature (default: the one
@@ -409,10 +470,11 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
         dist.broadcast(missing, 0)                          # another job may write the file while the ranks look
     if missing:
         check_tokenizer(checkpoint, data, trust_remote_code)
-        lm = load_policy(checkpoint, device, trust_remote_code=trust_remote_code).eval()
-        values = per_token(data, lambda input_ids, mask: token_logps(lm, input_ids, temperature, chunk, mask), micro_tokens,
-                           desc=f"scoring with {checkpoint}")
-        del lm
+        policy = Policy(load_policy(checkpoint, "cpu" if shard else device, trust_remote_code=trust_remote_code).eval(), temperature, chunk)
+        if shard:
+            shard_over_ranks(policy)
+        values = per_token(data, lambda input_ids, mask: policy(input_ids, mask)[:2], micro_tokens, f"scoring with {checkpoint}", shard)
+        del policy
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if rank == 0:
@@ -483,18 +545,19 @@ def train_values(args, rollouts, usable, rank, world, device):
     if not path.exists():
         reward = rollouts["reward"]
         lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
-        lm = load_policy(args.model, device, args.checkpointing, args.trust_remote_code)
+        lm = load_policy(args.model, "cpu" if args.shard else device, args.checkpointing, args.trust_remote_code, args.offload_activations)
         network = ValueNetwork(lm, reward[usable].mean().item())
         del lm
+        model = (shard_over_ranks(network) if args.shard else
+                 DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network)
         optimizer = torch.optim.AdamW(network.parameters(), lr=args.value_lr, betas=(0.9, 0.999), weight_decay=0.0)
         step = 0
         if (out / "state.pt").exists():
-            state = torch.load(out / "state.pt", weights_only=True, map_location=device)
+            state = torch.load(out / "state.pt", weights_only=True, mmap=True)
             step = state["step"]
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
+            set_model_state_dict(network, state["network"], options=WHOLE)
+            set_optimizer_state_dict(network, optimizer, state["optimizer"], options=WHOLE)
             del state                                       # never two sets of weights
-        model = DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network
         metrics, batches = read_metrics(out, step), step_batches(rollouts, usable, args.batch_prompts, args.seed)
         for _ in range(step):
             next(batches)
@@ -503,15 +566,17 @@ def train_values(args, rollouts, usable, rank, world, device):
             step, start, batch = step + 1, time.time(), next(batches)
             n_tokens = response_lengths[batch].sum().item()
             sums = torch.zeros(3, dtype=torch.float64, device=device)               # residual, its square, reward
-            micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
-            for i, micro in enumerate(micros):
-                model.require_backward_grad_sync = i == len(micros) - 1
+            shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
+            for i, micro in enumerate(shares[rank]):
+                model.require_backward_grad_sync = i == len(shares[rank]) - 1
                 input_ids, mask = pad_responses(rollouts, batch[micro], device)
                 r = reward[batch[micro]].to(device)[:, None]
                 residual = (r - model(input_ids)) * mask                            # the return is R in every state
                 (residual.square().sum() / n_tokens * world).backward()             # DDP averages over ranks; we want the sum
                 sums += torch.stack([x.detach().double().sum() for x in (residual, residual.square(), r * mask)])
-            grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm).item()
+            for _ in range(args.shard * (len(shares[0]) - len(shares[rank]))):
+                (model(idle_inputs(device)[0]).sum() * 0).backward()
+            grad_norm = clip_gradients(network, args.max_grad_norm)
             if world > 1:
                 dist.all_reduce(sums)
             stop_if_not_finite(step, sums[1].item(), grad_norm, rollouts["prompt_index"][batch])
@@ -523,11 +588,13 @@ def train_values(args, rollouts, usable, rank, world, device):
             if rank == 0:
                 write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
                 bar.update()
-                if step % args.save_every == 0 and step < args.value_steps:
-                    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            if step % args.save_every == 0 and step < args.value_steps:
+                state = {"step": step, "network": get_model_state_dict(network, options=WHOLE),
+                         "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE)}
+                if rank == 0:
                     write_atomic(out / "state.pt", lambda p: torch.save(state, p))
         bar.close()
-        values = per_token(rollouts, lambda input_ids, mask: [network(input_ids)], args.micro_tokens, desc="values")[0]
+        values = per_token(rollouts, lambda input_ids, mask: [network(input_ids)], args.micro_tokens, "values", args.shard)[0]
         if rank == 0:
             write_atomic(path, lambda p: torch.save(values, p))
             (out / "state.pt").unlink(missing_ok=True)
@@ -565,7 +632,7 @@ def start_run(out, args, rank, **facts):
         except ValueError as error:
             raise InputError(f"{path} is not JSON: use another --out, or --fresh to start over") from error
         for k in arguments:
-            if k not in ("fresh", "micro_tokens", "chunk") and theirs["args"].get(k) != arguments[k]:
+            if k not in ("fresh", "micro_tokens", "chunk", "shard", "offload_activations") and theirs["args"].get(k) != arguments[k]:
                 raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {theirs['args'].get(k)}, now {arguments[k]}: "
                                  f"use another --out, or --fresh to start over")
         for k in facts:
@@ -593,11 +660,25 @@ def newest_save(out):
 
 
 def save_step(out, name, lm, tokenizer, optimizer, step):
-    """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded. Also in distill.py."""
-    save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": optimizer.state_dict()})
-    for older in Path(out).glob("step-*/optimizer.pt"):
-        if older.parent.name != name:
-            older.unlink()
+    """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded. Also in distill.py.
+
+    All ranks must call it; with --shard each gives its part.
+    """
+    once = {name for name, _ in (*lm.named_parameters(), *lm.named_buffers())}      # a tied head is the embedding: one name
+    weights = {name: x for name, x in get_model_state_dict(lm, options=WHOLE).items() if name in once}
+    moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}     # none before the first step
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_policy(lm, tokenizer, Path(out) / name, {"step": step, "optimizer": moments}, weights)
+        for older in Path(out).glob("step-*/optimizer.pt"):
+            if older.parent.name != name:
+                older.unlink()
+
+
+def load_moments(path, lm, optimizer):
+    """Adam's state of a save, whichever way it was spread over ranks. Also used by distill.py."""
+    state = torch.load(Path(path) / "optimizer.pt", weights_only=True, mmap=True)
+    if state["optimizer"]:
+        set_optimizer_state_dict(lm, optimizer, state["optimizer"], options=WHOLE)
 
 
 def read_metrics(out, step):
@@ -685,6 +766,8 @@ def parse_args(argv=None):
     arg("--max-grad-norm", type=float, default=1.0)
     arg("--optimizer-from", type=Path, help="OUT of an earlier run whose Adam state is carried over (on-policy mode)")
     arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="gradient checkpointing: 1.3x the time")
+    arg("--offload-activations", action="store_true", help="keep what checkpointing saves in host memory: for the longest responses")
+    arg("--shard", action="store_true", help="split parameters, gradients and Adam state over ranks (FSDP) instead of DDP")
     arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
     arg("--seed", type=int, default=0, help="order of the prompts")
     # Saving
@@ -718,6 +801,8 @@ def main():
     if args.optimizer_from and not (args.optimizer_from / "final" / "optimizer.pt").is_file():
         raise InputError(f"--optimizer-from {args.optimizer_from} has no final/optimizer.pt: give the --out of a finished run")
     rank, world, device = setup_ddp()
+    if args.shard and world == 1:
+        raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")
     if start_run(args.out, args, rank, parent=checkpoint_fingerprint(args.model),
                  rollouts_fingerprint=rollouts["fingerprint"]):
         if rank == 0:
@@ -726,7 +811,7 @@ def main():
 
     # ---- reference log-probs, each scored once, and then the one model that trains ---------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
-                   trust_remote_code=args.trust_remote_code)
+                   trust_remote_code=args.trust_remote_code, shard=args.shard)
     old_logp = score(old, args.rollouts, **options)
     ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
     adv = torch.zeros_like(reward)                                                  # SAPO and GRPO: one per response
@@ -747,16 +832,17 @@ def main():
             kept = json.loads(summary.read_text())
             write_json(summary, kept | {"summary": kept["summary"] | {"sampler_gap": gap}})
     step, save = newest_save(args.out)
-    lm = load_policy(save or args.model, device, args.checkpointing, args.trust_remote_code)
+    home = "cpu" if args.shard else device                                          # sharding puts each rank's part on its GPU
+    lm = load_policy(save or args.model, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
     exact = args.kl_coef > 0 and args.kl_kind == "exact"                            # the one case with two models in memory
-    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if exact else None
+    old_lm = load_policy(old, home, trust_remote_code=args.trust_remote_code) if exact else None
     policy = Policy(lm, temperature, args.chunk, old_lm)
-    model = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
+    model = (shard_over_ranks(policy) if args.shard else
+             DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     carried = save or (args.optimizer_from and args.optimizer_from / "final")
     if carried:
-        state = torch.load(carried / "optimizer.pt", weights_only=True, map_location=device)
-        optimizer.load_state_dict(state["optimizer"])
+        load_moments(carried, lm, optimizer)
         optimizer.param_groups[0]["lr"] = args.lr                                   # the state carries the lr of its run
     n_prompts = len(rollouts["prompt_index"][usable].unique())
     steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
@@ -771,11 +857,11 @@ def main():
     while step < steps:
         step, start, batch = step + 1, time.time(), next(batches)
         n_tokens, n_responses = response_lengths[batch].sum().item(), len(batch)    # of the whole step, on every rank
-        micros = micro_batches(lengths[batch], args.micro_tokens, world)[rank]
+        shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
         sums = torch.zeros(12, dtype=torch.float64, device=device)                  # loss, then token_sums
         implicit = torch.zeros(n_responses, device=device)                          # R(y) of each response of the step
-        for i, micro in enumerate(micros):
-            model.require_backward_grad_sync = i == len(micros) - 1                 # one all-reduce per step
+        for i, micro in enumerate(shares[rank]):
+            model.require_backward_grad_sync = i == len(shares[rank]) - 1           # DDP: one all-reduce per step
             idx = batch[micro]
             input_ids, mask, old_lp, ref_lp, *token_adv = pad_responses(rollouts, idx, device, old_logp, ref_logp, *ppo_adv)
             r, a = reward[idx].to(device), token_adv[0] if token_adv else adv[idx].to(device)
@@ -798,7 +884,9 @@ def main():
             sums[0] += loss.detach()
             sums[1:] += token_sums(logp, entropy, old_lp, mask, r, token_adv[0] if token_adv else 2 * r - 1, 0.2, 0.28)
             implicit[micro.to(device)] = implicit_reward(logp.detach(), ref_lp, mask, args.beta, args.reduce)
-        grad_norm = nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm).item()        # after the sync
+        for _ in range(args.shard * (len(shares[0]) - len(shares[rank]))):
+            (model(*idle_inputs(device), exact)[0].sum() * 0).backward()
+        grad_norm = clip_gradients(lm, args.max_grad_norm)
         if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(implicit)
@@ -824,10 +912,9 @@ def main():
             bar.update()
             bar.write(f"step {step:03d}/{steps:03d} | loss {m['loss']:+.4f} | kl(old,new) {m['kl_old_new']:.4f} | "
                       f"entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f} | {m['tok_per_s']:,.0f} tok/s")
-            if step % args.save_every == 0:
-                save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
-    if rank == 0:
-        save_step(args.out, "final", lm, tokenizer, optimizer, step)
+        if step % args.save_every == 0:
+            save_step(args.out, f"step-{step:04d}", lm, tokenizer, optimizer, step)
+    save_step(args.out, "final", lm, tokenizer, optimizer, step)
     if world > 1:
         dist.barrier()                                      # the others wait until the checkpoint is complete
 

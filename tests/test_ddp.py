@@ -56,6 +56,37 @@ def test_two_ranks_match_one_process_in_distillation(tiny, tmp_path):
         assert a["kl_new_old"] == pytest.approx(b["kl_new_old"], rel=1e-4) and a["kl_new_old"] > 0
 
 
+def test_sharded_ranks_match_one_process_and_take_over_its_checkpoints(tmp_path):
+    """--shard in both stages, with an odd number of micro-batches, so that one rank has an idle turn."""
+    model = conftest.make_model(tmp_path / "model")
+    rollouts = conftest.make_rollouts(tmp_path / "rollouts", model, n=3)
+    common = ["--rollouts", rollouts, "--micro-tokens", 1, *COMMON]
+    for nproc, flags in ((1, ()), (2, ("--shard",))):
+        def stage(script, name, *argv):
+            run(nproc, script, "--out", tmp_path / f"{name}{nproc}", *argv, *common, *flags)
+        stage("teacher.py", "ce", "--model", model, "--loss", "ce", "--beta", 0.5, "--kl-coef", 0.1, "--kl-kind", "exact")
+        # the other one's weights and Adam state go on here
+        stage("teacher.py", "ppo", "--model", tmp_path / "ce1" / "final", "--loss", "ppo", "--value-steps", 3, "--value-lr", "1e-2",
+              "--optimizer-from", tmp_path / "ce1", "--old", model)
+        stage("distill.py", "student", "--student", model, "--teacher", tmp_path / "ce1" / "final", "--max-kl", 0.006,
+              "--entropy-coef", 0.01)
+        torch.save(teacher.score(model, rollouts), tmp_path / f"score{nproc}")
+        for cached in (rollouts / "scores").iterdir():
+            cached.unlink()
+    for name in ("ce", "ppo", "student"):
+        assert largest_gap(weights(tmp_path / f"{name}1"), weights(tmp_path / f"{name}2")) < 1e-5
+        assert weights(tmp_path / f"{name}1").keys() == weights(tmp_path / f"{name}2").keys()
+    assert largest_gap(weights(tmp_path / "ce1"), load_file(model / "model.safetensors")) > 1e-3
+    first, second = ([json.loads(line) for line in (tmp_path / f"ce{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "grad_norm", "kl_old_new", "entropy", "prob_pos", "reward_pair_acc"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_sharding_needs_several_processes(tiny, tmp_path):
+    assert conftest.run_here("teacher.py", "--model", tiny[0], "--rollouts", tiny[1], "--out", tmp_path / "t", "--loss", "ce", "--shard") == 2
+
+
 LOSSES = {
     "ce": lambda lp, old, mask, r, a, n_tok, n: teacher.ce_loss(lp, old, mask, r, 0.5) / n,
     "ce mean": lambda lp, old, mask, r, a, n_tok, n: teacher.ce_loss(lp, old, mask, r, 0.5, "mean") / n,

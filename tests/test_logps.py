@@ -56,18 +56,18 @@ def test_without_entropy_the_second_value_is_none():
 
 def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     """Largest tile product that forward and backward ask for: chunk x VOCAB_TILE, not tokens x vocabulary."""
-    sizes, original = [], teacher.tile_logits
+    sizes, original = [], teacher.product
 
     def watched(*args):
         z = original(*args)
         sizes.append(z.numel())
         return z
-    monkeypatch.setattr(teacher, "tile_logits", watched)
+    monkeypatch.setattr(teacher, "product", watched)
     monkeypatch.setattr(teacher, "VOCAB_TILE", 8)
-    hidden, weight, targets = random_head(64)
+    hidden, weight, targets = random_head(64, d=3)
     logp, entropy = teacher.logps_from_hidden(hidden, weight, targets, chunk=4)
     (logp.sum() + entropy.sum()).backward()
-    assert max(sizes) == 4 * 8
+    assert max(sizes) == 4 * 8                              # logits: the other products are at most 8 x 3
 
 
 def test_token_logps_scores_the_next_token_and_ignores_padding_and_neighbours(tiny):

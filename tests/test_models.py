@@ -1,0 +1,65 @@
+"""The architectures of the paper's models, tiny and random: both stages, batching, and their checkpoints."""
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import conftest
+import rollout
+import teacher
+import toy
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+CONFIGS = {                                                         # Sec. 4.1
+    "qwen3": lambda **k: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True, **k),          # Qwen3-4B-Thinking-2507
+    "llama": lambda **k: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, **k),         # NBG4-3B, Nemotron-Nano-4B
+    "qwen2": lambda **k: transformers.Qwen2Config(**{x: v for x, v in SIZES.items() if x != "head_dim"}, tie_word_embeddings=False, **k),   # AceReason, JustRL
+    "qwen3_5": lambda **k: transformers.Qwen3_5TextConfig(**SIZES | LINEAR | {"num_hidden_layers": 4}, tie_word_embeddings=False, **k),     # linear attention in 3 of 4 layers
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp(request.param) / "model", toy.build_tokenizer()
+    torch.manual_seed(0)
+    config = CONFIGS[request.param](vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)                                             # far from uniform: a leak would show
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_response_does_not_see_its_neighbours_or_its_padding(checkpoint):
+    lm = teacher.load_policy(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 48, (n,), generator=generator) for n in (70, 5, 33, 64)]
+    alone = [teacher.token_logps(lm, row[None])[0][0] for row in rows]
+    assert alone[0].std() > 0.1
+    for batch in ([0, 1, 2, 3], [2, 0], [3, 1]):
+        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True)
+        together, _ = teacher.token_logps(lm, padded)
+        for row, i in zip(together, batch):
+            assert (row[:len(rows[i]) - 1] - alone[i]).abs().max() < 1e-5
+    filled = torch.cat([rows[2], rows[0]])[None]                    # what follows a response cannot be seen from it
+    assert (teacher.token_logps(lm, filled)[0][0, :len(rows[2]) - 1] - alone[2]).abs().max() < 1e-5
+
+
+def test_both_stages_and_a_round_trip(checkpoint, tmp_path):
+    rollouts = conftest.make_rollouts(tmp_path / "rollouts", checkpoint, n_prompts=3, n=3)
+    common = ["--rollouts", rollouts, "--steps", 1, "--lr", "1e-3", "--micro-tokens", 100]
+    for kind in ("ce", "ppo"):
+        assert conftest.run_here("teacher.py", "--model", checkpoint, "--out", tmp_path / kind, "--loss", kind, "--beta", 0.5, "--value-steps", 1, *common) == 0
+    assert conftest.run_here("distill.py", "--student", checkpoint, "--teacher", tmp_path / "ce" / "final", "--out", tmp_path / "student", *common,
+                             "--kl-coef", 0.1, "--kl-kind", "exact", "--offload-activations") == 0
+    start, end = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "student" / "final"))
+    assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
+    lm = teacher.load_policy(tmp_path / "student" / "final")
+    assert type(lm).__name__ == type(teacher.load_policy(checkpoint)).__name__
+    teacher.save_policy(lm, rollout.load_tokenizer(checkpoint), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[key], end[key]) for key in end) and again.keys() == end.keys()
