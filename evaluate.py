@@ -742,7 +742,7 @@ def paper_table(spec, worlds):
     return markdown_table(header, lines)
 
 
-METHODS = {"base": "#444444", "ce-1e2": "#e0a030", "ce-kl": "#8a8a8a", "ce": "#1f6f8b", "sapo": "#d1603d", "mse": "#7a5195", "ppo": "#9c755f",
+METHODS = {"base": "#444444", "ce-1e2": "#e0a030", "ce-1e2-live": "#b03a48", "ce-kl-5": "#bab0ac", "ce-kl": "#8a8a8a", "ce": "#1f6f8b", "sapo": "#d1603d", "mse": "#7a5195", "ppo": "#9c755f",
            "online": "#3a9d5d", "unlearned-a": "#76b7b2", "unlearned-b": "#b07aa1", "unlearned-c": "#e15759", "offline": "#d1603d"}
 AXES = {"accuracy": "AVG@K", "kl": "reverse KL to the base (nats per token)", "prob_pos": "mean probability, right responses", "train_entropy":
         "entropy on the rollouts (nats per token)", "prob_neg": "mean probability, wrong responses", "explained_variance": "explained variance of the reward",

@@ -2,10 +2,31 @@
 # Extreme Region Policy Distillation, from one command.
 #
 #   ./run_rounds.sh          the whole method on the demonstration world, CPU is enough; ends with runs/demo/report.md
-#   ./run_rounds.sh tableN   a table of the paper, N = 1 to 12, and figN a figure, N = 4 to 10: on the demonstration world, or on
-#                            real models with MODEL (else the models of the table), PROMPTS, BENCHMARKS and NPROC, for example
+#   ./run_rounds.sh all      every table and figure in one report, with verdicts on the paper's claims: runs/tables/all/report.md
+#   ./run_rounds.sh NAME     one of these. Hours: all its models on 8 GPUs, reckoned for 3B from Table 4 of the paper, which does not name its
+#                            hardware; evaluation not counted. Minutes: its commands on the demonstration world, one core, in the
+#                            order of `all`, where the runs of an earlier table are there already (runs/tables/seconds.txt has yours).
+#     table1   teacher losses with and without distillation              113 h   not measured
+#     table2   rounds with and without distillation                      142 h   not measured
+#     table3   on-policy GRPO from the base and from a student           100 h   not measured
+#     table4   score and time per stage                                   51 h   not measured
+#     table5   steps and KL weight of the distillation                    31 h   not measured
+#     table6   rounds with an entropy bonus in the distillation          100 h   not measured
+#     table7   which checkpoints make the weak-to-strong signal           32 h   not measured
+#     table8   ensembles of two teachers, unlearned starts                71 h   not measured
+#     table9   recovery of an unlearned policy by SFT or CE               45 h   not measured
+#     table10  weak to strong on models of other lengths                  82 h   not measured
+#     table11  weak to strong in rounds; unlearned policies for code     124 h   not measured
+#     table12  outliers of the signal on right responses                  36 h   not measured
+#     fig4     many steps on one batch                                    52 h   not measured
+#     fig5     dynamics of the MSE loss                                   13 h   not measured
+#     fig6     accuracy against KL                                        44 h   not measured
+#     fig7     the denominator: pi_old or the live student                19 h   not measured
+#     fig8     online and offline phases in turn                         128 h   not measured
+#     fig9     strength of the unlearning, and SFT after it               22 h   not measured
+#     fig10    outliers against a linear critic                           21 h   not measured
+#                            On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS, NPROC, for example
 #                            MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=polaris.jsonl BENCHMARKS="hmmt=hmmt.jsonl:32" NPROC=8
-#   ./run_rounds.sh all      every table and figure in one report, with the verdicts on 24 claims
 #   ./run_rounds.sh test     the tests
 #   ./run_rounds.sh help     this text
 #
@@ -220,7 +241,7 @@ demonstration() {                     # demonstration WORLD   toy, or one of sho
   # Half the paper's prompts, responses and batches, so an epoch has its 32 or 16 steps. Chosen on validation prompts.
   COLLECT="--num-prompts $PROMPTS_TABLES $SAMPLE" ONLINE="--num-prompts 16 $SAMPLE" ONLINE_PART=5 FLAGS=$TRAIN SCORE="$MEASURE --shard-prompts 200" SCORE_KL=
   BATCH32="--batch-prompts 16" BATCH64="--batch-prompts 32"
-  CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 1" BETA_5E2="--beta 2" STAGE1_KL="--kl-coef 3 --kl-kind exact"
+  CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 1" BETA_5E2="--beta 2" STAGE1_KL="--kl-coef 3 --kl-kind exact" STAGE1_KL_5="--kl-coef 10 --kl-kind exact"
   SAPO="--loss sapo --lr 1e-4" GRPO="--loss grpo --lr 3e-4" PPO="--loss ppo --lr 2e-4 --value-steps 100 --value-lr 1e-3"
   MSE="--loss mse --lr 5e-4" UNLEARN_5E6="--loss mse --lr 1e-3" UNLEARN_1E5="--loss mse --lr 2e-3" SFT="--loss sft --lr 3e-4"
   UNLEARN_A="--loss mse --lr 5e-4 --negative-weight 0.5" UNLEARN_B="--loss mse --lr 5e-4 --negative-weight 1"
@@ -243,7 +264,7 @@ paper() {                             # paper MODEL   settings of Sec. 4.1; on r
   SCORE="--temperature $temperature --top-p 0.95 --max-tokens $length"
   SCORE_KL="--temperature $temperature --top-p 1 --top-k -1 --max-tokens $length"        # top-p below 1 would bias the KL
   BATCH32="--batch-prompts 32" BATCH64="--batch-prompts 64"
-  CE="--loss ce --lr 1e-6" BETA_1E3="--beta 0.001" BETA_1E2="--beta 0.01" BETA_5E2="--beta 0.05" STAGE1_KL="--kl-coef 2"
+  CE="--loss ce --lr 1e-6" BETA_1E3="--beta 0.001" BETA_1E2="--beta 0.01" BETA_5E2="--beta 0.05" STAGE1_KL="--kl-coef 2" STAGE1_KL_5="--kl-coef 10"
   SAPO="--loss sapo --lr 1e-6" GRPO="--loss grpo --lr 1e-6" PPO="--loss ppo --lr 1e-6"
   MSE="--loss mse --lr 1e-6" UNLEARN_5E6="--loss mse --lr 5e-6" UNLEARN_1E5="--loss mse --lr 1e-5" SFT="--loss sft --lr 1e-6"
   UNLEARN_A="--loss mse --lr 2e-6 --negative-weight 0.5" UNLEARN_B="--loss mse --lr 2e-6 --negative-weight 1"
@@ -334,9 +355,9 @@ table1() {                            # losses x distillation; the comments hold
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16                                   # 73.3, 77.7
   teach mse  base rollouts $MSE $BATCH32 --steps 70                                                          # 36.4, 37.1
   distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # 71.1, 74.9
-  measure $(path ppo 100 20) $(path grpo 100 20) $(path sapo 120 20) $(path ce 100 20) mse/step-0010 mse/final \
+  measure $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20) mse/step-0010 mse/final \
     {grpo,sapo,ce}-student/final mse-min0/final
-  validate $(path ppo 100 20) $(path grpo 100 20) $(path sapo 120 20) $(path ce 100 20)
+  validate $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20)
 }
 
 batches() {                           # batches 1 to 4 of Table 2
@@ -457,9 +478,9 @@ table9() {                            # recovery of an unlearned policy by SFT o
   teach unlearned-b base rollouts $UNLEARN_B $BATCH32 --steps 10
   teach unlearned-c base rollouts $UNLEARN_C $BATCH32 --steps 10
   for un in unlearned-a unlearned-b unlearned-c; do                       # SFT: 57.6 66.4, 53.5 64.9, 63.5 67.9; CE: 62.5 71.0, 64.1 70.4, 62.6 67.9
-    teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 70
+    teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 50
     distil $un-sft-student base $un-sft/final $un/final rollouts $DISTIL_WEAK $BATCH64 --steps 16
-    teach $un-ce $un/final rollouts $CE $BETA_1E3 --ref start $BATCH32 --steps 70
+    teach $un-ce $un/final rollouts $CE $BETA_1E3 --ref start $BATCH32 --steps 50
     distil $un-ce-student base $un-ce/final $un/final rollouts $DISTIL_WEAK $BATCH64 --steps 16
   done
   measure unlearned-{a,b,c}/final unlearned-{a,b,c}-{sft,ce}-student/final
@@ -537,9 +558,10 @@ fig6() {                              # accuracy against KL: CE at two betas and
   teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100
   teach ce-1e2 base rollouts $CE $BETA_1E2 $BATCH32 --steps 100                                              # 61.0
   teach ce-kl base rollouts $CE $BETA_1E3 $STAGE1_KL $BATCH32 --steps 100                                    # "no significant improvement"
+  teach ce-kl-5 base rollouts $CE $BETA_1E3 $STAGE1_KL_5 $BATCH32 --steps 100           # ours: a single stage at the student's own KL
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16
   distil ce-1e2-student base ce-1e2/final old rollouts $DISTIL $BATCH64 --steps 16                           # 65.1 after 10 steps, 63.8 after 16
-  measure $(path ce 100 20) $(path ce-1e2 100 20) ce-kl/step-0010 $(path ce-kl 100 20) {ce,ce-1e2}-student/{step-0010,final}
+  measure $(path ce 100 20) $(path ce-1e2 100 20) ce-kl/step-0010 $(path ce-kl 100 20) ce-kl-5/step-0010 $(path ce-kl-5 100 20) {ce,ce-1e2}-student/{step-0010,final}
   validate $(path ce 100 20) $(path ce-kl 100 20)
 }
 
@@ -577,7 +599,7 @@ fig9() {                              # unlearning strength, and SFT from the po
   teach unlearned-c base rollouts $UNLEARN_C $BATCH32 --steps 10
   local un
   for un in unlearned-a unlearned-b unlearned-c; do
-    teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 70
+    teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 50
   done
   measure unlearned-{a,b,c}/final
 }
@@ -616,7 +638,7 @@ seeds() {                             # seeds TABLE   fewer where a table takes 
   if [ -n "$SEEDS" ]; then echo "$SEEDS"; return; fi
   case ${REAL:+real}$1 in
     real*) echo 0 ;;
-    table2|table3|table4|table6|table10|table11|fig8) echo "0 1" ;;
+    table2|table3|table4|table6|table7|table8|table9|table10|table11|fig8|fig9) echo "0 1" ;;
     *) echo "0 1 2" ;;
   esac
 }

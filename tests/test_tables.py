@@ -3,6 +3,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -47,7 +48,7 @@ def runs(commands, script):
 
 
 # Typed from the paper: steps and beta of Sec. 4.1, 4.3, 4.5 and the tables themselves.
-TEACHERS = {"ppo": "ppo", "grpo": "grpo", "sapo": "sapo 120", "ce": "ce 0.001", "mse": "mse 70", "ce-5e2": "ce 0.05", "ce-1e2": "ce 0.01", "ce-kl": "ce 0.001",
+TEACHERS = {"ppo": "ppo", "grpo": "grpo", "sapo": "sapo 120", "ce": "ce 0.001", "mse": "mse 70", "ce-5e2": "ce 0.05", "ce-1e2": "ce 0.01", "ce-kl": "ce 0.001", "ce-kl-5": "ce 0.001",
             "unlearned-ce-1e3": "ce 0.001", "unlearned-ce-1e2": "ce 0.01", "unlearned-a": "mse 10", "unlearned-b": "mse 10", "unlearned-c": "mse 10"}
 STUDENTS = {"sapo-student": 32, "ce-student": 16, "mse-min0": 16, "sapo-kl-high": 32, "sapo-kl-middle": 32, "sapo-kl-low": 32, "entropy1": 10,
             "batch2/student": 10, "batch3/student": 10, "batch4/student": 10, "batch5/student": 10, "batch6/student": 10, "entropy2/student": 10, "entropy3/student": 10}
@@ -136,6 +137,44 @@ def test_recipes_train_on_finished_runs_and_share_them():
             if c["script"] in ("rollout.py", "teacher.py", "distill.py"):
                 made.add(c["out"])
                 assert seen.setdefault((models[0], c["out"]), c) == c, f"{name} makes {c['out']} in another way"
+
+
+def test_help_lists_every_recipe_with_the_hours_that_its_commands_take():
+    """By Table 4: 7 h for 1,000 prompts x 16, 300 s a teacher step, 400 s a distillation step, 800 + 300 s an on-policy step."""
+    listed = re.findall(r"^ +((?:table|fig)\d+) +\S.*? (\d+) h ", subprocess.run(["./run_rounds.sh", "help"], cwd=conftest.ROOT, capture_output=True, text=True).stdout, re.M)
+    assert [name for name, _ in listed] == list(MODELS)
+    for name, hours in listed:
+        seconds = 0
+        for model in MODELS[name]:
+            commands = {(c["script"], c["out"]): c for c in real(name, model) if c["script"] in ("rollout.py", "teacher.py", "distill.py")}
+            for (script, out), c in commands.items():
+                online = re.match(r"online\S*/", out)
+                seconds += (800 if online else 7 * 3600) if script == "rollout.py" else int(c["steps"]) * (300 if script == "teacher.py" else 400)
+        assert int(hours) == pytest.approx(seconds / 3600, abs=1), name
+
+
+def test_a_stopped_recipe_says_so_and_goes_on_where_it_was(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key not in ("MODEL", "MODELS", "PROMPTS", "BENCHMARKS")}
+    env |= dict(OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), SEEDS="0 1", JOBS="2", PROMPTS_TABLES="12", K_TABLES="2",
+                TOY="--steps 60 --min-ops 1 --max-ops 1 --train 60 --validation 4 --test 6", VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}")
+
+    def run():
+        return subprocess.run(["./run_rounds.sh", "fig5"], cwd=conftest.ROOT, capture_output=True, text=True, timeout=600, env=env)
+    world = tmp_path / "tables" / "runs" / "toy"
+    world.mkdir(parents=True)
+    (world / "seed1").write_text("")                                                # a file where a folder has to go
+    stopped = run()
+    assert stopped.returncode != 0 and f"stopped, see {world}/seed1.log" in stopped.stdout and not (tmp_path / "tables" / "fig5" / "report.md").exists()
+    (world / "seed1").unlink()
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "tests/toy.py" not in done.stdout
+    rows = evaluate.read_results(world / "results.jsonl")
+    assert {row["model"].removeprefix(f"{world}/") for row in rows} >= {f"seed{s}/mse/{c}" for s in (0, 1) for c in ("step-0010", "step-0060", "final")}
+    assert len({(row["model"], row["benchmark"]) for row in rows}) == len(rows)
+    assert "| 7 | MSE unlearns" in (tmp_path / "tables" / "fig5" / "report.md").read_text()
+    again = run()
+    assert again.returncode == 0 and re.findall(r"^\+ python (\S+ \S+)", again.stdout, re.M) == ["evaluate.py --report"]
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------------
