@@ -794,6 +794,8 @@ def draw_panel(axes, panel, world):
             means = [mean_se(v) for v in values]
             axes.errorbar(range(len(chain)), [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2, label=label, color=colour(label))
             for i, name in enumerate(chain):
+                if name in next(iter(panel["chains"].values())) and label != next(iter(panel["chains"])):     # named already
+                    continue
                 axes.annotate(name.split("/")[0], (i, means[i][0]), textcoords="offset points", xytext=(0, 8 if label == "offline" else -14), fontsize=7, ha="center")
             axes.set(xlabel="phase", ylabel=AXES["accuracy"], xticks=range(len(chain)))
             axes.margins(0.12)
@@ -843,7 +845,7 @@ def report_tables(folder, names, runs, title=""):
             "not values. Everything else was measured here; ± is the standard error over seeds. KL is the reverse KL to the base, on the policy's own samples.\n",
             "A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where one lies below 0 with all of it, and is **undecided** "
             f"otherwise: {DRAWS} bootstrap draws of seeds and problems. KL, entropy, length, time and probabilities vary over seeds only. `RUN@best` is the checkpoint that is "
-            "best on the validation benchmark.\n",
+            "best on the validation benchmark. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
             markdown_table(["model", "benchmark", "problems x samples", "seeds", "sampling s.e. of one checkpoint"], [
                 [world["name"], b, f"{row['n_problems']} x {row['k']}", len({s for by in world["runs"][b].values() for s in by}), f"{row['se']:.4f}"]
                 for world in worlds for b in world["scored"] for row in [world["base"][b]]]),
