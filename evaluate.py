@@ -7,6 +7,7 @@ Measure a policy: AVG@K with its standard error, and the reverse KL to the base 
     python evaluate.py --model runs/student/final --base M --data hmmt=hmmt.jsonl:32 --out runs/results.jsonl
     python evaluate.py --pick hmmt --model A B C --out runs/results.jsonl    # the most accurate of evaluated checkpoints
     python evaluate.py --movement runs/student   # which tokens a student moved, against its teacher (Fig. 7)
+    python evaluate.py --report runs/tables/all --tables table1 fig6   # of the paper, beside its numbers, with its claims decided
     python evaluate.py --report runs/demo        # runs/demo/report.md and figures/*.png, from what the runs wrote
 
 Samples are ordinary rollout shards beside the results, so an interrupted evaluation continues, and anyone can look at what
@@ -248,21 +249,30 @@ def movement(student, teacher, old):
 
 
 def add_movement(run):
-    """Score a finished run of distill.py on its rollouts, and keep the comparison with its teacher in its run.json."""
+    """Keep in a finished run's run.json which tokens moved: for distill.py the comparison with its teacher (Fig. 7), for teacher.py
+    histograms over [0, 1] of pi(a|s) on right and wrong responses, or of PPO's values (Fig. 10)."""
     path = run / "run.json"
     if not (run / "final").is_dir() or not path.is_file():
-        raise InputError(f"{run} is not a finished run of distill.py: it needs run.json and final/")
-    info = read_json(path, "give the --out of distill.py")
+        raise InputError(f"{run} is not a finished run of distill.py or teacher.py: it needs run.json and final/")
+    info = read_json(path, "give the --out of distill.py or teacher.py")
     args = info["args"]
-    if "teacher" not in args or args["teacher"] in ("none", "old"):
+    if args.get("teacher") in ("none", "old"):
         raise InputError(f"{run} has no teacher checkpoint to compare its student with")
     if "movement" in info:
         return
     options = dict(temperature=args["logp_temperature"], micro_tokens=args["micro_tokens"], trust_remote_code=args["trust_remote_code"])
-    old = find_old(load_rollouts(args["rollouts"]), args["old"])
-    student, teacher, old = (score(policy, args["rollouts"], **options) for policy in (run / "final", args["teacher"], old))
+    rollouts, values = load_rollouts(args["rollouts"]), run / "value" / "values.pt"
+    if "teacher" in args:
+        student, teacher, old = (score(policy, args["rollouts"], **options) for policy in (run / "final", args["teacher"], find_old(rollouts, args["old"])))
+        moved = movement(student, teacher, old)
+    else:
+        right = (rollouts["reward"] > 0).repeat_interleave(rollouts["response_offsets"].diff())
+        tokens = torch.load(values, weights_only=True) if values.exists() else score(run / "final", args["rollouts"], **options).exp()
+        moved = {"what": "value of a linear critic" if values.exists() else "pi(a|s) of the trained policy"}
+        for kind, mask in (("positive", right), ("negative", ~right)):
+            moved[kind] = torch.histc(tokens[mask].float().clamp(0, 1), 25, 0, 1).tolist()
     if setup_ddp()[0] == 0:
-        write_json(path, info | {"movement": movement(student, teacher, old)})
+        write_json(path, info | {"movement": moved})
 
 
 # ---- the report: read from run.json, metrics.jsonl and results.jsonl, and nothing else -----------------------------------
@@ -290,8 +300,14 @@ def read_runs(folder, rows, benchmark):
             parent, _, name = row["model"].rpartition("/")
             if f"/{parent}".endswith(f"/{where}"):          # rows name checkpoints relative to where evaluate.py was run
                 path.append((int(name[5:]) if name.startswith("step-") else metrics[-1]["step"] if metrics else 0, row))
-        runs.setdefault(where[seed.end():] if seed else where, {})[seed[1] if seed else "0"] = {
-            "info": json.loads(file.read_text()), "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
+        label, update = where[seed.end():] if seed else where, re.search(r"/update(\d+)$", where)
+        info, by_seed = json.loads(file.read_text()), runs.setdefault(re.sub(r"/update\d+$", "", label), {})
+        if update:                                          # on-policy: every step is a run, and together they are one
+            run = by_seed.setdefault(seed[1] if seed else "0", {"info": info, "metrics": [], "path": []})
+            run["metrics"] += [m | {"step": int(update[1])} for m in metrics]
+            run["path"] += [(int(update[1]), row) for _, row in path]
+        else:
+            by_seed[seed[1] if seed else "0"] = {"info": info, "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
     return runs
 
 
@@ -457,189 +473,6 @@ def findings(runs, base_row):
     return "\n".join(lines) + "\n"
 
 
-PAPER_TABLE1 = {"ce": ("72.9", "76.7"), "sapo": ("69.9", "76.2"), "grpo": ("69.0", "73.6"), "ppo": ("68.1", "73.9"), "mse": ("36.4", "37.1")}
-
-
-def best_steps(seeds):
-    """{seed: (step, row)} of the most accurate checkpoint of each run's path, the earliest of equals."""
-    return {seed: max(run["path"], key=lambda pair: (pair[1]["avg_at_k"], -pair[0])) for seed, run in seeds.items() if run["path"]}
-
-
-def losses_section(plt, validation, test, base_row, path):
-    """Teacher losses on the same rollouts: each run's best checkpoint on validation, and what it is worth on test (Table 1)."""
-    lines, on_test = [["base", "-", "-", "0", f"{base_row['avg_at_k']:.3f}", "-", "68.5", "72.5"]], {}
-    for loss in [name for name in PAPER_TABLE1 if name in validation]:
-        best = {seed: (step, row) for seed, (step, row) in best_steps(validation[loss]).items() if step in dict(test[loss][seed]["path"])}
-        if not best:                                        # not evaluated yet
-            continue
-        chosen = {seed: dict(test[loss][seed]["path"])[step] for seed, (step, _) in best.items()}
-        on_test[loss] = {seed: row["avg_at_k"] for seed, row in chosen.items()}
-        lines.append([loss.upper(), cell(row["avg_at_k"] for _, row in best.values()), ", ".join(str(step) for step, _ in best.values()),
-                      cell((row["kl"] for _, row in best.values()), 4), cell(on_test[loss].values()),
-                      cell(row["avg_at_k"] for row in last_rows(test[loss]).values()), *PAPER_TABLE1[loss]])
-    order = sorted(on_test, key=lambda loss: -statistics.fmean(on_test[loss].values()))
-    gaps = []
-    for better, worse in itertools.pairwise(order):
-        mean, se = mean_se(on_test[better][seed] - on_test[worse][seed] for seed in on_test[better] if seed in on_test[worse])
-        gaps.append(f"{better.upper()} over {worse.upper()} {100 * mean:+.1f}" + (f" ± {100 * se:.1f}" if se is not None else ""))
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    for colour, loss in zip(("#1f6f8b", "#d1603d", "#3a9d5d", "#7a5195", "#8a8a8a"), on_test):
-        by_step = rows_by_step({seed: test[loss][seed] for seed in on_test[loss]})
-        accuracy, se = zip(*[accuracy_and_se(rows) for rows in by_step.values()])
-        kl = [statistics.fmean(row["kl"] for row in rows) for rows in by_step.values()]
-        for axes, x in ((panels[0], list(by_step)), (panels[1], kl)):
-            axes.errorbar(x, accuracy, yerr=se, fmt="o-", markersize=3, linewidth=1.2, capsize=2, color=colour, label=loss.upper())
-    for axes, label in zip(panels, ("optimizer step", "reverse KL to the base (nats per token, log scale)")):
-        axes.axhline(base_row["avg_at_k"], color=COLOURS["base"], linestyle=":", label="base")
-        axes.set(xlabel=label, ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
-        axes.grid(alpha=0.25)
-    panels[1].set_xscale("log")
-    panels[1].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return ["## Teacher losses on the same rollouts (Table 1)\n",
-            "The checkpoint is picked on validation, one per seed; validation accuracy is therefore a maximum and flatters, test is not. The last "
-            "two columns are **the paper's** averages over five benchmarks with its own models, for the order only.\n",
-            markdown_table(["loss", "best validation AVG@K", "at step (by seed)", "KL there (nats/token)", "test AVG@K there", "test AVG@K, last step",
-                            "paper: Qwen3-4B", "paper: NBG4-3B"], lines),
-            f"Order on test: {' > '.join(loss.upper() for loss in order)} (points, ± standard error over seeds: {', '.join(gaps)}). The paper's order: "
-            + "; ".join(" > ".join(loss.upper() for loss in sorted(PAPER_TABLE1, key=lambda loss: -float(PAPER_TABLE1[loss][i]))) + f" ({name})"
-                        for i, name in enumerate(("Qwen3-4B", "NBG4-3B"))) + ".\n", f"![losses](figures/{path.name})\n"]
-
-
-def path_points(run, rows):
-    """[(KL, accuracy), ...] of a run's path in the order of training, from the checkpoint that it started at."""
-    args = run["info"]["args"]
-    start = [row for row in rows if row["model"] == args.get("model", args.get("student"))]
-    return [(row["kl"], row["avg_at_k"]) for row in start[:1] + [row for _, row in run["path"]]]
-
-
-def accuracy_within(points, kl):
-    """The highest accuracy on a path, straight between its points, at a KL of at most `kl`; None if all of it is beyond."""
-    found = [a for k, a in points if k <= kl]
-    for (k0, a0), (k1, a1) in itertools.pairwise(points):
-        if min(k0, k1) <= kl < max(k0, k1):
-            found.append(a0 + (a1 - a0) * (kl - k0) / (k1 - k0))
-    return max(found, default=None)
-
-
-def least_kl(points, accuracy):
-    """The smallest KL on a path, straight between its points, at which it has that accuracy; None if it never does."""
-    found = [k for k, a in points if a >= accuracy]
-    for (k0, a0), (k1, a1) in itertools.pairwise(points):
-        if min(a0, a1) < accuracy <= max(a0, a1):
-            found.append(k0 + (k1 - k0) * (accuracy - a0) / (a1 - a0))
-    return min(found, default=None)
-
-
-def matched(seeds, rivals, rows):
-    """Students against the paths of rival runs, seed by seed: (points of accuracy at the same KL, KL ratios at the same accuracy).
-
-    The rival may stop anywhere on any of its paths. inf: it is never that accurate. None: it is nowhere within that KL, or
-    needs none, as for a student that is no better than the base.
-    """
-    gains, ratios = [], []
-    for seed, row in last_rows(seeds).items():
-        paths = [path_points(rival[seed], rows) for rival in rivals if seed in rival]
-        best = max((a for a in (accuracy_within(points, row["kl"]) for points in paths) if a is not None), default=None)
-        gains.append(None if best is None else 100 * (row["avg_at_k"] - best))
-        needed = min((kl for kl in (least_kl(points, row["avg_at_k"]) for points in paths) if kl is not None), default=math.inf)
-        ratios.append(math.inf if needed == math.inf else row["kl"] / needed if needed > 0 else None)
-    return gains, ratios
-
-
-def ratio_cell(ratios):
-    """KL ratios of several seeds as table text; those without a number are counted."""
-    numbers = [ratio for ratio in ratios if ratio is not None and ratio < math.inf]
-    never, free = sum(ratio == math.inf for ratio in ratios), sum(ratio is None for ratio in ratios)
-    return "; ".join([cell(numbers, 2)] * bool(numbers) + [f"rival never as accurate in {never} of {len(ratios)}"] * bool(never)
-                     + [f"no better than the start in {free} of {len(ratios)}"] * bool(free))
-
-
-def kl_section(plt, runs, rows, base_row, path):
-    """Accuracy against KL (Fig. 6): every student against its teacher's whole path and against single-stage controls."""
-    def part(label):
-        return label.rpartition("/")[0]
-    students = sorted(label for label in runs if label.split("/")[-1].startswith(("student", "ensemble")) and last_rows(runs[label]))
-    lines = []
-    for label in students:
-        line = [label, cell(row["avg_at_k"] for row in last_rows(runs[label]).values()), cell((row["kl"] for row in last_rows(runs[label]).values()), 4),
-                cell(row["entropy"] for row in last_rows(runs[label]).values())]
-        for kind in ("teacher", "control"):
-            rivals = [runs[rival] for rival in runs if rival.split("/")[-1].startswith(kind) and part(rival) in ("", part(label))]
-            gains, ratios = matched(runs[label], rivals, rows)
-            line += [cell(gains, 1), ratio_cell(ratios)]
-        lines.append(line)
-    paths = sorted(label for label in runs if label.split("/")[-1].startswith(("teacher", "control")) and rows_by_step(runs[label]))
-    path_lines = [[label, step, *row_cells(at_step)] for label in paths for step, at_step in table_rows(runs[label]).items()]
-
-    figure, axes = plt.subplots(figsize=(9, 5.5))
-    axes.plot(0, base_row["avg_at_k"], "s", color=COLOURS["base"], label="base")
-    for label in paths:
-        starts = [path_points(run, rows)[0] for run in runs[label].values()]
-        points = [tuple(map(statistics.fmean, zip(*starts)))] + [
-            (statistics.fmean(row["kl"] for row in at), accuracy_and_se(at)[0]) for at in rows_by_step(runs[label]).values()]
-        axes.plot(*zip(*points), "o-" if "teacher" in label else "^--", markersize=4, linewidth=1.2, alpha=0.8, label=f"{label} (path)",
-                  color={"teacher": "#d1603d", "control": "#8a8a8a"}[label.split("/")[-1][:7]] if not part(label) else None)
-    for label, marker in zip(students, itertools.cycle("*PXDvhd<>8p")):
-        last = last_rows(runs[label]).values()
-        (kl, kl_se), (accuracy, accuracy_se) = mean_se(row["kl"] for row in last), mean_se(row["avg_at_k"] for row in last)
-        axes.errorbar(kl, accuracy, xerr=kl_se, yerr=accuracy_se, fmt=marker, markersize=10, capsize=2, label=label)
-    axes.set(xlabel="reverse KL to the base (nats per token, on the policy's own samples)", ylabel=f"AVG@{base_row['k']} on {base_row['benchmark']}")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return ["## Accuracy against KL (Fig. 6)\n",
-            "Each student against the whole path of the CE teacher and against the single-stage controls of the same round (in `second/`, also those "
-            "of the first), which may stop wherever they please, straight between their evaluated checkpoints. *Points at equal KL*: the "
-            "student's accuracy minus the rival's best within the student's KL; above 0 favours distillation. *KL ratio*: the student's KL over the "
-            "rival's at equal accuracy; below 1 favours distillation. The rival's best of several points flatters the rival by a little noise; "
-            "comparing with a teacher's last checkpoint alone would flatter distillation.\n",
-            markdown_table(["student", "AVG@K", "KL (nats/token)", "entropy", "teacher's path: points at equal KL", "KL ratio at equal accuracy",
-                            "controls: points at equal KL", "KL ratio at equal accuracy"], lines),
-            f"![accuracy against KL](figures/{path.name})\n", "The paths:\n", markdown_table(["run", "step", *ROW_HEADER], path_lines)]
-
-
-def movement_section(plt, runs, path):
-    """How far students moved each token, against their teachers (Fig. 7), and the raw signal by kind of response (Fig. 10)."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    ratios, histograms = [], []
-    for label, seeds in runs.items():
-        moved = [run["info"]["movement"] for run in seeds.values() if "movement" in run["info"]]
-        if moved:
-            panels[0].loglog(moved[0]["teacher"], moved[0]["student"], "o-", markersize=3, linewidth=1, label=label)
-            ratios.append([label, cell(m["ratio"] for m in moved), cell(m["same_direction_farthest"] for m in moved)])
-            histograms.append((label, next(run["info"]["signal"] for run in seeds.values())))
-    if not ratios:
-        return []
-    panels[0].plot((1e-4, 10), (1e-4, 10), ":", color="#444444", label="as far as the teacher")
-    panels[0].set(xlabel="|log pi_teacher - log pi_old| (mean of a bin, nats)", ylabel="|log pi_student - log pi_old| (nats)", title="first seed")
-    label, signal = histograms[0]
-    edges, width = signal["histogram_edges"][:-1], signal["histogram_edges"][1] - signal["histogram_edges"][0]
-    for kind, colour in (("positive", "#2f7d4f"), ("negative", "#b03a48")):
-        total = sum(signal[f"histogram_{kind}"]) or 1
-        panels[1].step([e + width / 2 for e in edges], [count / total for count in signal[f"histogram_{kind}"]], where="mid", color=colour,
-                       label=f"{kind} responses")
-    panels[1].set(yscale="log", xlabel="signal before whitening (nats; the outer bins hold what lies beyond)", ylabel="share of tokens",
-                  title=f"signal of {label}")
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    statistics_of = [[label, *(f"{signal[key]:.4f}" for key in ("mean", "std", "kurtosis", "p1", "p50", "p99", "share_below_zero_on_positives"))]
-                     for label, signal in histograms]
-    return ["## Which tokens moved (Fig. 7), and the signal (Fig. 10)\n", f"![movement](figures/{path.name})\n",
-            "Mean |log pi_student - log pi_old| over mean |log pi_teacher - log pi_old|, and of the 1 % of tokens that the teacher moved farthest "
-            "the share that the student moved the same way:\n", markdown_table(["student", "ratio", "same direction, farthest 1 %"], ratios),
-            "The signal before whitening, first seed (nats):\n",
-            markdown_table(["student", "mean", "std", "kurtosis", "1 %", "50 %", "99 %", "share below 0 on positives"], statistics_of)]
-
-
 def report(folder, title=""):
     """Write FOLDER/report.md and FOLDER/figures/*.png; print the table of rounds."""
     import matplotlib
@@ -665,11 +498,6 @@ def report(folder, title=""):
     if any(label.startswith("round") for label in runs):
         figure_kl(plt, runs, base_row, folder / "figures" / "kl.png")
         text += ["## Rounds\n", rounds_table(runs, base_row), findings(runs, base_row), "![accuracy against KL](figures/kl.png)\n"]
-    if "student-1" in runs:
-        text += kl_section(plt, runs, [row for row in rows if row["benchmark"] == benchmark], base_row, folder / "figures" / "fig6.png")
-    text += movement_section(plt, runs, folder / "figures" / "movement.png")
-    if len(set(runs) & set(PAPER_TABLE1)) > 1:
-        text += losses_section(plt, read_runs(folder, rows, "validation"), runs, base_row, folder / "figures" / "losses.png")
     summary = "\n".join(line for line in text[1:] if not line.startswith(("#", "!")))
     for label, name, heading in (("round1/teacher", "teacher", "The first teacher: many off-policy steps on one fixed batch (Fig. 4)"),
                                  ("mse/teacher", "mse", "Weak to strong: an MSE teacher and its unlearned checkpoint (Sec. 3.4, Fig. 5)")):
@@ -694,10 +522,361 @@ def report(folder, title=""):
     print(f"report: {folder / 'report.md'}   figures: {folder / 'figures'}")
 
 
+# ---- the paper's tables, figures and claims (tests/paper.json), from runs/MODEL/seedN ------------------------------------
+
+def read_world(folder):
+    """All runs of one model: dict(name, base: rows by benchmark, runs: {benchmark: read_runs}, scored, seconds: of rollouts by path)."""
+    rows = read_results(folder / "results.jsonl")
+    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
+    base = {row["benchmark"]: row for row in rows if row["model"] == row["base"]}
+    scored = [b for b in benchmarks if b in base and b != "kl" and (b != "validation" or len(base) == 1)]
+    seconds = {}
+    for file in folder.glob("seed*/**/rollouts.json"):
+        made = json.loads(file.read_text())["summary"]
+        seconds[file.parent.relative_to(folder).as_posix()] = made["responses"] * made["mean_length"] / made["tok_per_s"]
+    return {"name": folder.name, "scored": scored, "kl": "kl" if "kl" in benchmarks else scored[0], "seconds": seconds,
+            "selection": "validation" if "validation" in benchmarks else benchmarks[0],
+            "base": base,
+            "runs": {b: read_runs(folder, rows, b) for b in benchmarks}}
+
+
+def find_run(world, seed, label):
+    return world["runs"][world["scored"][0]].get(label, {}).get(seed)
+
+
+def checkpoint(world, seed, name):
+    """(run, step, rows by benchmark) of RUN, RUN@STEP, RUN@PERCENT%, RUN@best or base, as tests/paper.json names them; None: not there."""
+    label, _, which = name.partition("@")
+    if label == "base":
+        return None, 0, world["base"]
+    run = find_run(world, seed, label)
+    if run is None or not run["metrics"]:
+        return None
+    step, paths = run["metrics"][-1]["step"], {b: dict(runs[label][seed]["path"]) for b, runs in world["runs"].items()}
+    if which == "best":                                     # the earliest of equals
+        step = max(paths[world["selection"]].items(), key=lambda pair: (pair[1]["avg_at_k"], -pair[0]), default=(step, None))[0]
+    elif which:
+        step = round(step * int(which[:-1]) / 100) if which.endswith("%") else int(which)
+    return run, step, {b: path[step] for b, path in paths.items() if step in path}
+
+
+def seconds_until(world, seed, label, step):
+    """Seconds that a checkpoint took: its rollouts, its teacher, and its own steps; evaluation and start-up are not counted."""
+    run = find_run(world, seed, label)
+    own = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step)
+    teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", run["info"]["args"].get("teacher", ""))
+    if teacher and (source := find_run(world, seed, teacher[1])):
+        return own + seconds_until(world, seed, teacher[1], source["metrics"][-1]["step"])
+    updates = [f"seed{seed}/{label}/rollouts{n:03d}" for n in range(1, step + 1)]                     # on-policy: one set per step
+    first = re.search(r"(seed\w+/.+)$", run["info"]["args"]["rollouts"])
+    return own + sum(world["seconds"].get(path, 0.0) for path in (updates if updates[0] in world["seconds"] else [first and first[1]]))
+
+
+def accuracy(world, rows, drawn=None):
+    """AVG@K, the mean over benchmarks; with `drawn` {benchmark: weights of the problems [D, n]} one value per draw [D]."""
+    rows = [rows[b] for b in world["scored"] if b in rows]
+    if not rows:
+        return None
+    if drawn is None:
+        return statistics.fmean(row["avg_at_k"] for row in rows)
+    return sum(drawn[row["benchmark"]] @ torch.tensor(row["correct_per_problem"], dtype=torch.float64) / row["k"] for row in rows) / len(rows)
+
+
+def number(world, seed, metric, name, drawn=None):
+    """One number of one checkpoint; None where it was not measured. Only accuracies depend on `drawn`."""
+    found = checkpoint(world, seed, name)
+    if found is None:
+        return None
+    run, step, rows = found
+    label, at = name.partition("@")[0], [m for m in (run["metrics"] if run else []) if step - 5 < m["step"] <= step]      # 5 steps: less noise
+    if metric == "accuracy":
+        return accuracy(world, rows, drawn)
+    if metric in ("kl", "entropy", "length"):
+        row = rows.get(world["kl"] if metric == "kl" else world["scored"][0])
+        return row and row[{"length": "mean_length"}.get(metric, metric)]
+    if metric == "separation":
+        return at and statistics.fmean(m["prob_pos"] - m["prob_neg"] for m in at) or None
+    if metric in ("prob_pos", "prob_neg", "explained_variance", "train_entropy"):
+        values = [m[metric.removeprefix("train_")] for m in at]
+        return statistics.fmean(values) if values and None not in values else None
+    if metric in ("far_ratio", "far_over_near"):            # tokens that the teacher moved by at least 1 nat, and by less than 0.1
+        moved = run["info"].get("movement")
+        if not moved:
+            return None
+        def ratio(low, high):
+            bins = [(n, t, s) for n, t, s in zip(moved["count"], moved["teacher"], moved["student"]) if low <= t < high]
+            return sum(n * s for n, _, s in bins) / sum(n * t for n, t, _ in bins) if bins else math.nan
+        return ratio(1, math.inf) - (ratio(0, 0.1) if metric == "far_over_near" else 0)
+    if run is None:                                         # the base took no time
+        return None
+    total = seconds_until(world, seed, label, step)
+    if metric == "hours":
+        return total / 3600
+    if metric == "rest_of_time":
+        return 1 - sum(m["seconds"] for m in run["metrics"] if m["step"] <= step) / total
+    if metric == "gain_per_hour":
+        mine = accuracy(world, rows, drawn)
+        return None if mine is None else (mine - accuracy(world, world["base"], drawn)) * 3600 / total
+    raise ValueError(f"tests/paper.json asks for '{metric}', which evaluate.py does not know")
+
+
+def accuracy_within(points, kl):
+    """The highest accuracy on a path, straight between its points, at a KL of at most `kl`; None if all of it is beyond."""
+    found = [a for k, a in points if k <= kl]
+    for (k0, a0), (k1, a1) in itertools.pairwise(points):
+        if min(k0, k1) <= kl < max(k0, k1):
+            found.append(a0 + (a1 - a0) * (kl - k0) / (k1 - k0))
+    return max(found, default=None)
+
+
+def ahead(world, seed, student, rivals, drawn, last_only):
+    """The student's accuracy minus the best that a rival's path has within the student's KL, per draw [D]; rivals start at the base."""
+    kl, mine = number(world, seed, "kl", student), number(world, seed, "accuracy", student, drawn)
+    paths = []
+    for label in rivals:
+        steps = [step for step, _ in (find_run(world, seed, label) or {"path": []})["path"]][-1 if last_only else 0:]
+        names = ["base", *(f"{label}@{step}" for step in steps)]
+        paths.append([(number(world, seed, "kl", name), number(world, seed, "accuracy", name, drawn)) for name in names])
+    if kl is None or mine is None or not all(len(path) > 1 and all(k is not None for k, _ in path) for path in paths):
+        return None
+    best = [max(a for path in paths if (a := accuracy_within([(k, a[d].item()) for k, a in path], kl)) is not None) for d in range(len(mine))]
+    return mine - torch.tensor(best, dtype=torch.float64)
+
+
+def test_value(world, seed, test, drawn):
+    """What a test of a claim says should be above 0, for one seed, per draw [D]; None if a run is missing."""
+    plus, minus, metric = test["plus"], test["minus"], test["metric"]
+    draws = len(next(iter(drawn.values())))
+    if metric in ("ahead", "ahead_of_last"):
+        return ahead(world, seed, plus[0], minus, drawn, metric == "ahead_of_last")
+    values = [number(world, seed, {"spread": "accuracy", "gain_with_length": "accuracy"}.get(metric, metric), name, drawn) for name in plus + minus]
+    if any(value is None or isinstance(value, float) and math.isnan(value) for value in values):
+        return None
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(draws) for value in values])
+    first, second = values[:len(plus)], values[len(plus):]
+    if metric == "spread":
+        return first.amax(0) - first.amin(0) - second.amax(0) + second.amin(0)
+    return first.sum(0) - second.sum(0) - test.get("above", 0.0)
+
+
+DRAWS = 1000
+
+
+def bootstrap(per_seed, generator):
+    """(mean, low, high): the 95 % interval of the mean over seeds. per_seed [S, D]: each seed's value in each draw of the problems,
+    of which the first draw is the problems as they are. Seeds are drawn too, with the factor sqrt(S / (S - 1)) that S draws of S
+    values lack; one seed tells nothing about seeds."""
+    n = len(per_seed)
+    centre, values = per_seed.mean(0), per_seed
+    if n > 1:
+        picked = torch.randint(n, per_seed.shape, generator=generator)
+        values = (per_seed.gather(0, picked).mean(0) - centre) * math.sqrt(n / (n - 1)) + centre
+    else:
+        values = centre
+    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if n == 1 and low == high:                              # one seed of a number that does not depend on the problems: no noise is known
+        low, high = -math.inf, math.inf
+    return centre[0].item(), low, high
+
+
+def verdict(low, high):
+    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+
+
+def draw_problems(world, generator):
+    """{benchmark: how often each problem is drawn [D, n]}, the first row each once."""
+    drawn = {}
+    for b in world["scored"]:
+        n = world["base"][b]["n_problems"]
+        picks = torch.randint(n, (DRAWS, n), generator=generator)
+        drawn[b] = torch.zeros(DRAWS, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones(DRAWS, n, dtype=torch.float64)) / n
+        drawn[b][0] = 1 / n
+    return drawn
+
+
+def decide(claim, worlds):
+    """(verdict, [(test, where, number of seeds, mean, low, high)]): holds where all tests hold, in every model that has their runs."""
+    lines = []
+    for test in claim["tests"]:
+        generator, slopes = torch.Generator().manual_seed(0), []
+        for world in worlds:
+            drawn = draw_problems(world, generator)
+            seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
+            per_seed = [value for seed in seeds if (value := test_value(world, seed, test, drawn)) is not None]
+            if per_seed and test["metric"] == "gain_with_length":
+                slopes.append((world["base"][world["scored"][0]]["mean_length"], torch.stack(per_seed)))
+            elif per_seed:
+                lines.append((test, world["name"], len(per_seed), *bootstrap(torch.stack(per_seed), generator)))
+        if len(slopes) > 1:                                 # accuracy gained per unit of log length, least squares over models
+            slopes = [(math.log(length), gains) for length, gains in slopes]
+            middle, seeds = statistics.fmean(length for length, _ in slopes), min(len(gains) for _, gains in slopes)
+            slope = sum((length - middle) * gains[:seeds] for length, gains in slopes) / sum((length - middle) ** 2 for length, _ in slopes)
+            lines.append((test, "over " + ", ".join(world["name"] for world in worlds), seeds, *bootstrap(slope, generator)))
+    verdicts = [verdict(low, high) for *_, low, high in lines]
+    if not lines or len({id(test) for test, *_ in lines}) < len(claim["tests"]):
+        return "not run here", lines
+    return "does not hold" if "does not hold" in verdicts else "undecided" if "undecided" in verdicts else "holds", lines
+
+
+def claim_text(claim, decided):
+    """One claim as text: its verdict, and every test with its number and interval."""
+    answer, lines = decided
+    text = [f"* **Claim {claim['number']}: {claim['text']}: {answer}.**"]
+    for test, where, seeds, mean, low, high in lines:
+        what = f"{test['metric'].replace('_', ' ')}: {' + '.join(test['plus'])}" + (f" minus {' + '.join(test['minus'])}" if test["minus"] else "")
+        what += f" minus {test['above']:g}" if "above" in test else ""
+        text.append(f"  * {what} = {mean:+.4f}, 95 % from {low:+.4f} to {high:+.4f} ({where}, {seeds} seed{'s' * (seeds > 1)}): {verdict(low, high)}")
+    return "\n".join(text) + "\n"
+
+
+def over_seeds(world, metric, name):
+    """The values of a checkpoint over the seeds that have it; the base has one."""
+    seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
+    values = [number(world, seed, metric, name) for seed in (seeds[:1] if name == "base" else seeds)]
+    return [value for value in values if value is not None]
+
+
+def paper_table(spec, worlds):
+    """A table of the paper as markdown: what the runs gave, model by model, and the paper's numbers to the right."""
+    metrics = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)", "length": "length (tokens)", "hours": "hours so far"}
+    shown = [world for world in worlds if any(over_seeds(world, "accuracy", name) for _, name, *_ in spec["rows"][1:])]
+    several = len(shown) > 1
+    header = ["", *(f"{world['name']}: {metrics[m]}" if several else metrics[m] for world in shown for m in spec["metrics"]),
+              *(f"paper: {column}" for column in spec["columns"])]
+    lines = [[label, *(cell(over_seeds(world, m, name), 4 if m in ("kl", "hours") else 1 if m == "length" else 3) for world in shown for m in spec["metrics"]),
+              *map(str, numbers)] for label, name, *numbers in spec["rows"]]
+    return markdown_table(header, lines)
+
+
+METHODS = {"base": "#444444", "ce-1e2": "#e0a030", "ce-1e2-live": "#b03a48", "ce-kl-5": "#bab0ac", "ce-kl": "#8a8a8a", "ce": "#1f6f8b", "sapo": "#d1603d", "mse": "#7a5195", "ppo": "#9c755f",
+           "online": "#3a9d5d", "unlearned-a": "#76b7b2", "unlearned-b": "#b07aa1", "unlearned-c": "#e15759", "offline": "#d1603d"}
+AXES = {"accuracy": "AVG@K", "kl": "reverse KL to the base (nats per token)", "prob_pos": "mean probability, right responses", "train_entropy":
+        "entropy on the rollouts (nats per token)", "prob_neg": "mean probability, wrong responses", "explained_variance": "explained variance of the reward",
+        "separation": "mean probability: right minus wrong responses"}
+
+
+def colour(label):
+    """The same colour for the same method everywhere: that of the longest name in METHODS that the run's name starts with."""
+    names = [name for name in METHODS if label.startswith(name)]
+    return METHODS[max(names, key=len)] if names else "#000000"
+
+
+def draw_panel(axes, panel, world):
+    """One panel of a figure of the paper; False if no run has what it shows."""
+    seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
+    kind, drawn = panel.get("kind", "path"), False
+    for label in panel.get("runs", ()):
+        style = dict(color=colour(label), label=label, linestyle="--" if "student" in label or "live" in label else "-")
+        runs = [run for seed in seeds if (run := find_run(world, seed, label))]
+        moved = [run["info"]["movement"] for run in runs if "movement" in run["info"]]
+        if kind == "movement" and moved:
+            axes.loglog(moved[0]["teacher"], moved[0]["student"], marker="s" if "live" in label else "o", markersize=3, **style)
+        elif kind == "histogram" and moved:
+            for response in ("positive", "negative"):
+                counts = [sum(c) for c in zip(*(m[response] for m in moved))]
+                edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
+                axes.step(edges, [c / sum(counts) for c in counts], where="mid", label=f"{response} responses", color="#2f7d4f" if response == "positive" else "#b03a48")
+            axes.set(yscale="log", xlabel=moved[0]["what"], ylabel="share of tokens", title=label)
+        elif kind == "path" and runs:
+            training = panel["y"] not in ("accuracy", "kl")
+            steps = [m["step"] for m in runs[0]["metrics"]] if training else [0, *rows_by_step({i: run for i, run in enumerate(runs)})]
+            points = [(step, [v for v in over_seeds(world, panel["y"], f"{label}@{step}" if step else "base") if v is not None]) for step in steps]
+            points = [(step, *mean_se(values)) for step, values in points if values]
+            if not points:
+                continue
+            x = [0.0 if step == 0 else statistics.fmean(over_seeds(world, "kl", f"{label}@{step}")) for step, *_ in points] if panel.get("x") == "kl" else [p[0] for p in points]
+            y, se = [p[1] for p in points], [p[2] or 0.0 for p in points]
+            if training:
+                axes.plot(x, y, **style)
+                axes.fill_between(x, [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=style["color"], alpha=0.2, linewidth=0)
+            else:
+                axes.errorbar(x, y, yerr=se, marker="*" if "student" in label else "o", markersize=9 if "student" in label else 4, capsize=2, **style)
+        else:
+            continue
+        drawn = True
+    for label, chain in panel.get("chains", {}).items():
+        values = [over_seeds(world, "accuracy", name) for name in chain]
+        if all(values):
+            means = [mean_se(v) for v in values]
+            axes.errorbar(range(len(chain)), [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2, label=label, color=colour(label))
+            for i, name in enumerate(chain):
+                if name in next(iter(panel["chains"].values())) and label != next(iter(panel["chains"])):     # named already
+                    continue
+                axes.annotate(name.split("/")[0], (i, means[i][0]), textcoords="offset points", xytext=(0, 8 if label == "offline" else -14), fontsize=7, ha="center")
+            axes.set(xlabel="phase", ylabel=AXES["accuracy"], xticks=range(len(chain)))
+            axes.margins(0.12)
+            drawn = True
+    if kind == "movement":
+        axes.plot((1e-4, 10), (1e-4, 10), ":", color="#444444", label="as far as the teacher")
+        axes.set(xlabel="|log teacher - log old| (mean of a bin, nats)", ylabel="|log student - log old| (nats)", title="first seed, final step")
+    elif kind == "path":
+        axes.set(xlabel=AXES["kl"] if panel.get("x") == "kl" else "optimizer step", ylabel=AXES[panel["y"]])
+        if panel["y"] == "accuracy":
+            axes.axhline(accuracy(world, world["base"]), color=METHODS["base"], linestyle=":", label="base")
+    axes.grid(alpha=0.25)
+    if drawn:
+        axes.legend(fontsize=7)
+    return drawn
+
+
+def paper_figure(plt, name, spec, worlds, folder):
+    """FOLDER/NAME-MODEL.png for every model that has the runs; returns the markdown that shows them."""
+    text = []
+    for world in worlds:
+        figure, panels = plt.subplots(1, len(spec["panels"]), figsize=(4.6 * len(spec["panels"]) if len(spec["panels"]) > 1 else 8, 4), squeeze=False)
+        if any([draw_panel(axes, panel, world) for axes, panel in zip(panels[0], spec["panels"])]):
+            figure.tight_layout()
+            figure.savefig(folder / f"{name}-{world['name']}.png", dpi=100)
+            text.append(f"![{spec['title']}, {world['name']}](figures/{name}-{world['name']}.png)\n")
+        plt.close(figure)
+    return text
+
+
+def report_tables(folder, names, runs, title=""):
+    """Write FOLDER/report.md: tables and figures of the paper, ours beside the paper's, and its claims with a verdict from the data."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    paper = json.loads((Path(__file__).parent / "tests" / "paper.json").read_text())
+    worlds = [world for path in sorted(Path(runs).glob("*/results.jsonl")) if (world := read_world(path.parent))["base"]]
+    if not worlds:
+        raise InputError(f"{runs} has no MODEL/results.jsonl with a row of its base: ./run_rounds.sh tableN makes them")
+    if unknown := set(names) - set(paper["tables"]) - set(paper["figures"]):
+        raise InputError(f"--tables {' '.join(unknown)}: the paper has {' '.join([*paper['tables'], *paper['figures']])}")
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    claims = [claim for claim in paper["claims"] if set(claim["where"]) & set(names)]
+    decided = {claim["number"]: decide(claim, worlds) for claim in tqdm(claims, desc="claims", leave=False)}
+    text = [f"# Tables and figures of arXiv 2605.25582{title and f' ({title})'}\n",
+            "Columns that start with *paper* and captions that say so hold the paper's numbers, of its own models and benchmarks: compare order and direction, "
+            "not values. Everything else was measured here; ± is the standard error over seeds. KL is the reverse KL to the base, on the policy's own samples.\n",
+            "A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where one lies below 0 with all of it, and is **undecided** "
+            f"otherwise: {DRAWS} bootstrap draws of seeds and problems. KL, entropy, length, time and probabilities vary over seeds only. `RUN@best` is the checkpoint that is "
+            "best on the validation benchmark. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
+            markdown_table(["model", "benchmark", "problems x samples", "seeds", "sampling s.e. of one checkpoint"], [
+                [world["name"], b, f"{row['n_problems']} x {row['k']}", len({s for by in world["runs"][b].values() for s in by}), f"{row['se']:.4f}"]
+                for world in worlds for b in world["scored"] for row in [world["base"][b]]]),
+            "## Claims\n", markdown_table(["claim", "", "verdict", "decided by"], [
+                [claim["number"], claim["text"], decided[claim["number"]][0], "; ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for *_, mean, low, high in decided[claim["number"]][1])]
+                for claim in claims])]
+    for name in names:
+        spec = paper["tables"].get(name) or paper["figures"][name]
+        text.append(f"## {'Table' if name in paper['tables'] else 'Figure'} {re.sub(r'[a-z]+', '', name)}. {spec['title']}\n")
+        text.append(f"Paper: {spec['paper']}.\n")
+        text += [paper_table(spec, worlds)] if name in paper["tables"] else paper_figure(plt, name, spec, worlds, folder / "figures")
+        text += [claim_text(claim, decided[claim["number"]]) for claim in claims if name in claim["where"]]
+    if "table11" in names and not any(world["name"].endswith("-code") for world in worlds):
+        text.append("The code half of Table 11 was not run here.\n")
+    write_atomic(folder / "report.md", lambda p: p.write_text("\n".join(text)))
+    print("\n".join(text[4:6] if len(names) > 3 else text[4:]))
+    print(f"report: {folder / 'report.md'}   figures: {folder / 'figures'}")
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     arg("--report", type=Path, metavar="RUNDIR", help="write RUNDIR/report.md and figures from finished runs, measure nothing")
+    arg("--tables", nargs="+", metavar="NAME", help="with --report: table1 to table12, fig4 to fig10 of the paper, from the runs in --runs")
+    arg("--runs", type=Path, default=Path("runs/tables/runs"), help="with --tables: the folder of MODEL/seedN/RUN")
     arg("--title", default="", help="with --report: what the results are of")
     arg("--movement", nargs="+", type=Path, metavar="RUN", help="runs of distill.py: which tokens moved (Fig. 7), into their run.json")
     arg("--pick", metavar="BENCHMARK", help="print the best of --model by the rows in --out; measure nothing")
@@ -732,6 +911,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.judge_url) != bool(args.judge_model) or args.judge_url and args.task == "code":
         raise InputError("--judge-url and --judge-model belong together, and to --task math")
+    if args.tables and not args.report:
+        raise InputError("--tables needs --report FOLDER")
     if not args.report and not args.movement and not (args.model and (args.data or args.pick)):
         raise InputError("give --model and --data, or --model and --pick, --movement RUN, or --report RUNDIR")
     return args
@@ -739,6 +920,8 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.tables:
+        return report_tables(args.report, args.tables, args.runs, args.title)
     if args.report:
         if not args.report.is_dir():
             raise InputError(f"{args.report} is not a folder: give the one that holds results.jsonl")

@@ -150,13 +150,13 @@ def test_driver_help_and_unknown_commands():
 @pytest.mark.parametrize("command, env, counts", [
     ("demo", {}, [5, 7, 4]), ("demo", {"STRATEGY": "auto"}, [5, 7, 4]), ("demo", {"STRATEGY": "2", "UNLEARNED_LR": "1e-3"}, [5, 13, 13]),
     ("demo", {"STRATEGY": "3"}, [5, 7, 4]),
-    ("table1", {}, [3, 15, 0]), ("table3", {"ONPOLICY_STEPS": "2"}, [2, 2, 0]), ("fig6", {"SEEDS": "0"}, None)])
+    *((name, {}, None) for name in [*(f"table{i}" for i in range(1, 13)), *(f"fig{i}" for i in range(4, 11))])])
 def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path, command, env, counts):
     done = run_driver(command, DRY_RUN="1", OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), **env)
     commands = [line.split() for line in done.stdout.splitlines() if line.startswith(("python ", "torchrun "))]
     assert done.returncode == 0 and not list(tmp_path.iterdir())
     made = [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")]
-    assert made == counts if counts else min(made) > 0
+    assert made == counts if counts else min(made[:2]) > 0
     known = {script: set(re.findall(r"--[a-z][a-z-]*", (conftest.ROOT / script).read_text())) for script in {c[1] for c in commands}}
     for command in commands:
         assert {word.replace("--no-", "--") for word in command[2:] if word.startswith("--")} <= known[command[1]]

@@ -173,23 +173,6 @@ def test_students_are_compared_with_any_stopping_point_of_a_path():
     path = [(0.0, 0.4), (0.01, 0.5), (0.03, 0.6), (0.02, 0.55)]                     # KL may fall again
     assert evaluate.accuracy_within(path, 0.005) == pytest.approx(0.45) and evaluate.accuracy_within(path, 0.02) == pytest.approx(0.55)
     assert evaluate.accuracy_within(path, 1.0) == 0.6 and evaluate.accuracy_within(path, 0.0) == 0.4
-    assert evaluate.least_kl(path, 0.55) == pytest.approx(0.02) and evaluate.least_kl(path, 0.45) == pytest.approx(0.005)
-    assert evaluate.least_kl(path, 0.61) is None and evaluate.least_kl(path, 0.3) == 0.0
-
-    def run(start, *points):
-        return {"info": {"args": {"model": start}}, "path": [(i, {"model": str(i), "kl": k, "avg_at_k": a}) for i, (k, a) in enumerate(points)]}
-    rows = [{"model": "base", "kl": 0.0, "avg_at_k": 0.4}]
-    student = {"0": run("base", (0.005, 0.5)), "1": run("base", (0.01, 0.7))}
-    teacher = {"0": run("base", (0.01, 0.5)), "1": run("base", (0.01, 0.5))}
-    gains, ratios = evaluate.matched(student, [teacher], rows)
-    assert gains == pytest.approx([5, 20]) and ratios[0] == pytest.approx(0.5) and ratios[1] == math.inf
-    gains, ratios = evaluate.matched(student, [teacher, {"0": run("base", (0.002, 0.5))}], rows)    # the best of several rivals
-    assert gains[0] == pytest.approx(0) and ratios[0] == pytest.approx(2.5)
-    beyond = {"0": {"info": {"args": {"model": "far"}}, "path": [(1, {"model": "x", "kl": 0.03, "avg_at_k": 0.8})]}}
-    gains, ratios = evaluate.matched({"0": run("base", (0.01, 0.45))}, [beyond], rows + [{"model": "far", "kl": 0.02, "avg_at_k": 0.7}])
-    assert gains == [None] and ratios[0] == pytest.approx(0.5)                          # nowhere within the student's KL
-    assert evaluate.matched({"0": run("base", (0.01, 0.39))}, [teacher], rows)[1] == [None]     # no better than the base
-    assert evaluate.ratio_cell([0.5, None, math.inf]) == "0.50; rival never as accurate in 1 of 3; no better than the start in 1 of 3"
 
 
 def test_difficulty_is_a_pass_rate_and_long_prompts_are_left_out_and_counted(tiny, tmp_path, capsys):

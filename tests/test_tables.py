@@ -1,0 +1,294 @@
+"""Recipes of the paper's tables and figures, and the report on them: commands, verdicts, completeness."""
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+import conftest
+import evaluate
+
+QWEN, NBG = "Qwen/Qwen3-4B-Thinking-2507", "Nanbeige/Nanbeige4-3B-Thinking-2511"
+NANO, ACE, JUST = "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1", "nvidia/AceReason-Nemotron-1.1-7B", "hbx/JustRL-Nemotron-1.5B"
+SMALL35, LARGE35 = "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B"
+
+
+def dry_run(name, **env):
+    """Commands that a recipe prints, each {script, option: value, ...}, without --out's folder: RUN is its path below seedN/."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("MODEL", "MODELS", "PROMPTS", "BENCHMARKS", "SEEDS")}
+    done = subprocess.run(["./run_rounds.sh", name], cwd=conftest.ROOT, capture_output=True, text=True, timeout=60, env={**kept, "DRY_RUN": "1", **env})
+    assert done.returncode == 0, done.stderr
+    commands = []
+    for line in done.stdout.splitlines():
+        if not re.match(r"(python|torchrun) ", line):
+            continue
+        words = line.split()
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        command = {"launch": " ".join(words[:at]), "script": words[at]}
+        for word in words[at + 1:]:
+            if word.startswith("-"):
+                key = command[word.lstrip("-")] = []
+            else:
+                key.append(word)
+        command = {key: " ".join(value) if isinstance(value, list) else value for key, value in command.items()}
+        commands.append({key: re.sub(r"\S*/seed\d+/", lambda m: "code/" if "-code/" in m[0] else "", value) for key, value in command.items()})
+    return commands
+
+
+def real(name, model):
+    return dry_run(name, MODEL=model, PROMPTS="polaris.jsonl", BENCHMARKS="hmmt=hmmt.jsonl:32", NPROC="8")
+
+
+def runs(commands, script):
+    return {command["out"]: command for command in commands if command["script"] == script}
+
+
+# Typed from the paper: steps and beta of Sec. 4.1, 4.3, 4.5 and the tables themselves.
+TEACHERS = {"ppo": "ppo", "grpo": "grpo", "sapo": "sapo 120", "ce": "ce 0.001", "mse": "mse 70", "ce-5e2": "ce 0.05", "ce-1e2": "ce 0.01", "ce-kl": "ce 0.001", "ce-kl-5": "ce 0.001",
+            "unlearned-ce-1e3": "ce 0.001", "unlearned-ce-1e2": "ce 0.01", "unlearned-a": "mse 10", "unlearned-b": "mse 10", "unlearned-c": "mse 10"}
+STUDENTS = {"sapo-student": 32, "ce-student": 16, "mse-min0": 16, "sapo-kl-high": 32, "sapo-kl-middle": 32, "sapo-kl-low": 32, "entropy1": 10,
+            "batch2/student": 10, "batch3/student": 10, "batch4/student": 10, "batch5/student": 10, "batch6/student": 10, "entropy2/student": 10, "entropy3/student": 10}
+MODELS = {"table1": [QWEN, NBG], "table2": [QWEN], "table3": [QWEN], "table4": [NBG], "table5": [NBG], "table6": [QWEN], "table7": [QWEN], "table8": [QWEN], "table9": [QWEN],
+          "table10": [NANO, ACE, JUST, QWEN, NBG], "table11": [SMALL35, LARGE35], "table12": [QWEN, NBG],
+          "fig4": [QWEN, NBG], "fig5": [QWEN], "fig6": [QWEN], "fig7": [QWEN], "fig8": [NBG], "fig9": [QWEN], "fig10": [QWEN]}
+
+
+@pytest.mark.parametrize("name, model", [(name, model) for name, models in MODELS.items() for model in dict.fromkeys([*models, QWEN])])
+def test_every_recipe_prints_the_papers_settings_for_every_model_of_its_table(name, model):
+    commands = real(name, model)
+    temperature, length = ("1.0", "192000") if "Qwen3.5" in model else ("0.6", {QWEN: "81920", NBG: "65536"}.get(model, "32768"))
+    assert all(c["launch"] == "torchrun --standalone --nproc-per-node 8" for c in commands if "pick" not in c and "report" not in c)
+    for c in runs(commands, "rollout.py").values():
+        online, code = c["out"].startswith("online"), c["out"].startswith("code")
+        assert (c["num-prompts"], c["n"], c["temperature"], c["max-tokens"]) == ("32" if online else "1000", "16", temperature, "32768")
+        assert c["prompts"] == ("areal-boba-2-rl-code.jsonl" if code else "polaris.jsonl") and ("task" in c) == code
+        assert c["out"] != "rollouts" or c["model"] == model
+    for out, c in runs(commands, "teacher.py").items():
+        wanted = TEACHERS.get(out, "").split()
+        assert c["batch-prompts"] in ("32", "64", "256") and c.get("beta", "0.001") in ("0.001", "0.01", "0.05")
+        assert c["lr"] == {"unlearned-a": "2e-6", "unlearned-b": "2e-6", "unlearned-c": "5e-6", "unlearned-5e6": "5e-6", "unlearned-1e5": "1e-5"}.get(out.removeprefix("code/"), "1e-6")
+        assert c["steps"] == "1" or wanted[1:] != ["120"] or c["steps"] == "120"
+        if wanted:
+            assert c["loss"] == wanted[0] and (c.get("beta") if wanted[0] == "ce" else c["steps"] if wanted[1:] else None) == (wanted[1] if wanted[1:] else None)
+    for out, c in runs(commands, "distill.py").items():
+        assert c["lr"] == "1e-6" and c["batch-prompts"] in ("32", "64") and c["steps"] == str(STUDENTS.get(out, c["steps"])) and c["steps"] in ("10", "16", "32")
+    measured = [c for c in commands if c["script"] == "evaluate.py" and "model" in c and "pick" not in c]
+    for c in measured:
+        assert c["temperature"] == temperature and c["max-tokens"] == length and c["base"] == model
+        assert (c["top-p"], c["data"]) in {("0.95", "hmmt=hmmt.jsonl:32"), ("1", "kl=hmmt.jsonl:4"),
+                                           ("0.95", "livecodebench=livecodebench-v6.jsonl:32"), ("1", "kl=livecodebench-v6.jsonl:4")}
+    assert {c["model"] for c in measured} and commands[-1]["tables"] == name
+
+
+def test_models_of_a_table_come_in_turn_and_model_narrows_them():
+    for name, models in MODELS.items():
+        commands = dry_run(name, PROMPTS="polaris.jsonl", BENCHMARKS="hmmt=hmmt.jsonl:32", NPROC="8")
+        assert list(dict.fromkeys(c["base"] for c in commands if "base" in c)) == models, name
+    assert {c["base"] for c in dry_run("table10", MODELS=f"{ACE} {JUST}") if "base" in c} == {ACE, JUST}
+
+
+def test_rows_differ_in_what_the_paper_says():
+    table5 = runs(real("table5", NBG), "distill.py")
+    assert [table5[f"sapo-kl-{x}"]["kl-coef"] for x in ("high", "middle", "low")] == ["0.2", "0.05", "0.001"] and "kl-coef" not in table5["sapo-student"]
+    table7 = runs(real("table7", QWEN), "distill.py")
+    signals = {c["teacher"].removeprefix("mse/step-").replace("mse/final", "0070") + "/" + c["denominator"].removeprefix("mse/step-") for c in table7.values()}
+    assert signals == {"0070/0010", "0070/0020", "0070/0030", "0060/0010", "0050/0010", "0040/0010", "old/0050", "0010/old", "0010/none", "none/0050", "0070/old"}
+    table6 = runs(real("table6", QWEN), "distill.py")
+    assert {c["entropy-coef"] for out, c in table6.items() if out.startswith("entropy")} == {"0.5"} and len([o for o in table6 if o.startswith("entropy")]) == 3
+    table12 = runs(real("table12", NBG), "distill.py")
+    assert Counter(c.get("positive-signal", "all") for c in table12.values()) == {"all": 1, "max0": 1, "min0": 1}
+    table2 = runs(real("table2", QWEN), "distill.py")
+    assert table2["batch4/student"]["denominator"] == "ce-student/step-0010" and table2["batch3/student"]["denominator"] == "old"
+    assert table2["batch5/student"]["teacher"] == "batch5/mse/final" and table2["batch6/student"]["denominator"] == "batch6/mse/step-0010"
+    table8 = real("table8", QWEN)
+    assert runs(table8, "teacher.py")["unlearned-ce-1e3"]["ref"] == "start" and runs(table8, "teacher.py")["unlearned-ce-1e3"]["model"] == "mse/step-0010"
+    pairs = {out: (c["student"].split("/")[0], c["teacher"]) for out, c in runs(table8, "distill.py").items() if out.startswith("ensemble")}
+    assert pairs["ensemble-1e3-5e2"] == ("ce-5e2-student", "unlearned-ce-1e3/final") and pairs["ensemble-mse-5e2"] == ("ce-5e2-student", "mse/final")
+    assert pairs["ensemble-1e3-1e3"] == ("ce-student-32", "unlearned-ce-1e3/final") and pairs["ensemble-1e2-5e2"] == ("ce-5e2-student", "unlearned-ce-1e2/final")
+    table9 = runs(real("table9", QWEN), "teacher.py")
+    assert [table9[f"unlearned-{x}"]["negative-weight"] for x in "abc"] == ["0.5", "1", "1"] and table9["unlearned-a-sft"]["model"] == "unlearned-a/final"
+    table3 = real("table3", QWEN)
+    assert sum(c["out"].startswith("online/update") for c in table3 if c["script"] == "teacher.py") == 50
+    assert sum(c["out"].startswith("online-batch4/update") for c in table3 if c["script"] == "teacher.py") == 60
+    assert sum(c["out"].startswith("online/update") for c in real("table4", NBG) if c["script"] == "teacher.py") == 100
+    fig6 = runs(real("fig6", QWEN), "teacher.py")
+    assert fig6["ce-kl"]["kl-coef"] == "2" and "kl-coef" not in fig6["ce"]
+    assert runs(real("fig7", QWEN), "distill.py")["ce-1e2-live"]["denominator"] == "live"
+    code = runs(real("table11", SMALL35), "distill.py")
+    assert {c["denominator"] for out, c in code.items() if out.startswith("code")} == {"code/mse/step-0010", "code/unlearned-5e6/final", "code/unlearned-1e5/final"}
+    assert {c["teacher"] for out, c in code.items() if out.startswith("code")} == {"code/mse/final"}
+
+
+def test_recipes_train_on_finished_runs_and_share_them():
+    """Every checkpoint that a command names is the output of an earlier command of the recipe, and a run has one command in all recipes."""
+    seen = {}
+    for name, models in MODELS.items():
+        made = {"old", "none", "live", models[0]}
+        for c in real(name, models[0]):
+            for key in ("model", "student", "teacher", "denominator") if c["script"] in ("rollout.py", "teacher.py", "distill.py") else ():
+                value = c.get(key, "old")
+                assert re.sub(r"/(final|step-\d+)$", "", value) in made, f"{name}: {value} comes before it is made"
+            if "rollouts" in c:
+                assert c["rollouts"] in made
+            if c["script"] in ("rollout.py", "teacher.py", "distill.py"):
+                made.add(c["out"])
+                assert seen.setdefault((models[0], c["out"]), c) == c, f"{name} makes {c['out']} in another way"
+
+
+def test_help_lists_every_recipe_with_the_hours_that_its_commands_take():
+    """By Table 4: 7 h for 1,000 prompts x 16, 300 s a teacher step, 400 s a distillation step, 800 + 300 s an on-policy step."""
+    listed = re.findall(r"^ +((?:table|fig)\d+) +\S.*? (\d+) h ", subprocess.run(["./run_rounds.sh", "help"], cwd=conftest.ROOT, capture_output=True, text=True).stdout, re.M)
+    assert [name for name, _ in listed] == list(MODELS)
+    for name, hours in listed:
+        seconds = 0
+        for model in MODELS[name]:
+            commands = {(c["script"], c["out"]): c for c in real(name, model) if c["script"] in ("rollout.py", "teacher.py", "distill.py")}
+            for (script, out), c in commands.items():
+                online = re.match(r"online\S*/", out)
+                seconds += (800 if online else 7 * 3600) if script == "rollout.py" else int(c["steps"]) * (300 if script == "teacher.py" else 400)
+        assert int(hours) == pytest.approx(seconds / 3600, abs=1), name
+
+
+def test_a_stopped_recipe_says_so_and_goes_on_where_it_was(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key not in ("MODEL", "MODELS", "PROMPTS", "BENCHMARKS")}
+    env |= dict(OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), SEEDS="0 1", JOBS="2", PROMPTS_TABLES="12", K_TABLES="2",
+                TOY="--steps 60 --min-ops 1 --max-ops 1 --train 60 --validation 4 --test 6", VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}")
+
+    def run():
+        return subprocess.run(["./run_rounds.sh", "fig5"], cwd=conftest.ROOT, capture_output=True, text=True, timeout=600, env=env)
+    world = tmp_path / "tables" / "runs" / "toy"
+    world.mkdir(parents=True)
+    (world / "seed1").write_text("")                                                # a file where a folder has to go
+    stopped = run()
+    assert stopped.returncode != 0 and f"stopped, see {world}/seed1.log" in stopped.stdout and not (tmp_path / "tables" / "fig5" / "report.md").exists()
+    (world / "seed1").unlink()
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "tests/toy.py" not in done.stdout
+    rows = evaluate.read_results(world / "results.jsonl")
+    assert {row["model"].removeprefix(f"{world}/") for row in rows} >= {f"seed{s}/mse/{c}" for s in (0, 1) for c in ("step-0010", "step-0060", "final")}
+    assert len({(row["model"], row["benchmark"]) for row in rows}) == len(rows)
+    assert "| 7 | MSE unlearns" in (tmp_path / "tables" / "fig5" / "report.md").read_text()
+    again = run()
+    assert again.returncode == 0 and re.findall(r"^\+ python (\S+ \S+)", again.stdout, re.M) == ["evaluate.py --report"]
+
+
+# ---- verdicts ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shift, spread, expected", [(0.05, 0.01, "holds"), (-0.05, 0.01, "does not hold"), (0.0, 0.03, "undecided")])
+def test_bootstrap_decides_what_is_clear_and_leaves_noise_undecided(shift, spread, expected):
+    generator = torch.Generator().manual_seed(1)
+    problems = torch.randn(4, 150, generator=generator, dtype=torch.float64) * 0.1
+    problems += shift + spread * torch.tensor([-1.0, 1.0, -0.5, 0.5])[:, None] - problems.mean(1, keepdim=True)
+    picks = torch.randint(150, (evaluate.DRAWS, 150), generator=generator)
+    picks[0] = torch.arange(150)
+    per_seed = problems[:, picks].mean(-1)                                          # (4, DRAWS)
+    mean, low, high = evaluate.bootstrap(per_seed, generator)
+    assert mean == pytest.approx(shift, abs=1e-6) and low < mean < high and evaluate.verdict(low, high) == expected
+
+
+def test_bootstrap_interval_is_as_wide_as_theory_says():
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randn(5, generator=generator, dtype=torch.float64)
+    _, low, high = evaluate.bootstrap(seeds[:, None].expand(5, 20000).contiguous(), generator)
+    assert (high - low) / 2 == pytest.approx(1.96 * seeds.std().item() / 5 ** 0.5, rel=0.1)                # s / sqrt(n), the unbiased s
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------------
+
+def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, **args):
+    """A finished run without weights: run.json, metrics.jsonl, and rows of its checkpoints that are right `accuracy` of the time."""
+    folder = world / f"seed{seed}" / out
+    folder.mkdir(parents=True)
+    info = {"script": script, "args": {"rollouts": f"{world}/seed{seed}/{rollouts}", "lr": 1e-3, "batch_prompts": 4, "kl_coef": 0.0, **args}}
+    if out.startswith("ce-1e2-"):
+        far = 2.0 if out.endswith("student") else 0.5
+        info["movement"] = {"count": [10, 5], "teacher": [0.01, 2.0], "student": [0.01, far], "ratio": 1.0}
+    if out in ("mse", "ppo"):
+        info["movement"] = {"what": "pi(a|s)", "positive": [1.0] * 5 + [9.0] * 20, "negative": [3.0] * 25}
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": i, "seconds": 1.0, "prob_pos": 0.8 - 0.001 * i, "prob_neg": 0.7 - 0.002 * i, "entropy": 0.5 - 0.001 * i, "explained_variance": 0.01 * i}) + "\n"
+        for i in range(1, steps + 1)))
+    return [fake_row(world, f"{folder}/{name}", accuracy, 0.02, benchmark) for benchmark in ("validation", "test")
+            for name in [*(f"step-{i:04d}" for i in range(every, steps, every)), "final"]]
+
+
+def fake_row(world, model, accuracy, kl, benchmark):
+    right = [round(8 * min(1, max(0, accuracy + 0.1 * (i % 3 - 1)))) for i in range(12)]
+    return {"model": model, "base": "base", "benchmark": benchmark, "k": 8, "n_problems": 12, "avg_at_k": sum(right) / 96, "se": 0.03,
+            "correct_per_problem": right, "kl": kl, "entropy": 0.6, "mean_length": 40.0, "pass_at_k": 1.0}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """runs/toy as the recipes would leave it, made from what they print."""
+    folder = tmp_path_factory.mktemp("tables")
+    world, rows, made = folder / "runs" / "toy", [], set()
+    for name in MODELS:
+        for c in dry_run(name, SEEDS="0"):
+            if "out" not in c or c["script"] == "evaluate.py" or "/seed" in c["out"] or c["out"] in made or c["out"].startswith("runs/"):
+                continue
+            made.add(c["out"])
+            for seed in (0, 1):
+                if c["script"] == "rollout.py":
+                    (world / f"seed{seed}" / c["out"]).mkdir(parents=True, exist_ok=True)
+                    (world / f"seed{seed}" / c["out"] / "rollouts.json").write_text(json.dumps({"summary": {"responses": 100, "mean_length": 40.0, "tok_per_s": 100.0}}))
+                elif c["script"] in ("teacher.py", "distill.py"):
+                    every = 1 if c.get("save-every") == "2" or c["steps"] in ("1", "32") else 2 if c["steps"] == "16" else 10
+                    teacher = {"teacher": f"{world}/seed{seed}/{c['teacher']}"} if "teacher" in c else {}
+                    accuracy = 0.2 if c["out"] == "mse" else 0.75 if "student" in c["out"] or "min0" in c["out"] else 0.6
+                    rows += fake_run(world, seed, c["out"], int(c["steps"]), every, accuracy, c["script"], c["rollouts"], **teacher)
+    rows = [fake_row(world, "base", 0.4, 0.0, b) for b in ("validation", "test")] + rows
+    (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
+    evaluate.report_tables(finished / "all", list(MODELS), finished / "runs", "a test")
+    text = (finished / "all" / "report.md").read_text()
+    for number in range(1, 13):
+        assert f"## Table {number}. " in text
+    for number in range(4, 11):
+        assert f"## Figure {number}. " in text
+    paper = json.loads((conftest.ROOT / "tests" / "paper.json").read_text())
+    numbers = [claim["number"] for claim in paper["claims"]]
+    assert {re.sub("[a-c]", "", n) for n in numbers} == {str(n) for n in range(1, 25)} and [n for n in numbers if n[0] == "3"] == ["3a", "3b", "3c"]
+    summary = dict(re.findall(r"^\| (\d+[a-c]?) \| .* \| (holds|does not hold|undecided|not run here) \| ", text, re.M))
+    assert set(summary) == set(numbers)
+    assert [n for n in numbers if summary[n] == "not run here"] == ["24"]              # it needs models of several lengths
+    figures = re.findall(r"\]\((figures/.*?)\)", text)
+    assert {re.match(r"figures/(fig\d+)", f)[1] for f in figures} == {f"fig{n}" for n in range(4, 11)}
+    assert all((finished / "all" / f).stat().st_size > 5000 for f in figures)
+    assert summary["8"] == "holds" and summary["1"] == "undecided"                     # 0.75 > 0.4 > 0.2; equal teachers
+    assert summary["17"] == "holds" and summary["7"] == "does not hold"                # 32 of 192 seconds; explained variance 0.68
+    capsys.readouterr()
+
+
+def test_every_checkpoint_that_the_paper_file_names_is_made_by_a_recipe(finished):
+    world = evaluate.read_world(finished / "runs" / "toy")
+    paper = json.loads((conftest.ROOT / "tests" / "paper.json").read_text())
+    for name, table in paper["tables"].items():
+        for label, row, *numbers in table["rows"]:
+            assert len(numbers) == len(table["columns"]), f"{name}: {label}"
+            assert evaluate.number(world, "0", "accuracy", row) is not None, f"{name}: {row}"
+    for claim in paper["claims"]:
+        for test in claim["tests"]:
+            for row in test["plus"] + test["minus"]:
+                assert evaluate.number(world, "0", "accuracy", row) is not None, f"claim {claim['number']}: {row}"
+
+
+def test_hours_count_rollouts_teacher_and_own_steps(finished):
+    world = evaluate.read_world(finished / "runs" / "toy")
+    assert evaluate.seconds_until(world, "0", "sapo", 40) == 40 + 40                    # 100 x 40 tokens at 100 a second, then 40 steps of 1 s
+    assert evaluate.seconds_until(world, "0", "sapo-student", 10) == 40 + 120 + 10
+    assert evaluate.seconds_until(world, "0", "online", 10) == 10 * (40 + 1)
+
+
+def test_unknown_names_are_refused(finished, capsys):
+    assert conftest.run_here("evaluate.py", "--report", finished / "x", "--tables", "table13", "--runs", finished / "runs") == 2
+    assert "table13" in capsys.readouterr().err
