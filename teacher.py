@@ -49,7 +49,7 @@ from rollout import (InputError, RunError, check_out, check_weights, checkpoint_
 # ---- log-probs: one function for every role ----------------------------------------------------------------------------
 
 # columns of the head that are in memory at once: a GPU wants large tiles, a CPU tiles that fit its cache
-VOCAB_TILE = 8192 if torch.cuda.is_available() else 2048
+VOCAB_TILE = 8192 if torch.cuda.is_available() else 1024
 
 
 class HeadLogps(torch.autograd.Function):
@@ -71,7 +71,7 @@ class HeadLogps(torch.autograd.Function):
             w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
             for row in range(0, len(hidden), chunk):
                 i = slice(row, row + chunk)
-                z = product(hidden[i], w.T, wide).to(wide).div_(temperature)        # (C, tile)
+                z = tile_logits(hidden[i], w, temperature, wide)        # (C, tile)
                 new_top = torch.maximum(top[i], z.amax(1))
                 here = targets[i] - v
                 inside = (here >= 0) & (here < len(w))
@@ -99,7 +99,7 @@ class HeadLogps(torch.autograd.Function):
             grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
             for row in range(0, len(hidden), ctx.chunk):
                 i = slice(row, row + ctx.chunk)
-                log_p = product(hidden[i], w.T, ctx.wide).to(ctx.wide).div_(ctx.temperature).sub_(log_z[i, None])
+                log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
                 p = log_p.exp()
                 grad_z = log_p.mul_(at_log_p[i, None]).add_(at_all[i, None]).mul_(p)    # both formulas, sorted by powers of log p
                 here = targets[i] - v
@@ -110,6 +110,12 @@ class HeadLogps(torch.autograd.Function):
                 grad_w += product(grad_z.T, hidden[i], ctx.wide)
             grad_weight[v:v + VOCAB_TILE] = grad_w
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def tile_logits(hidden, weight, temperature, wide):
+    """(C, D) x (tile, D) -> (C, tile), the logits divided by the temperature, in `wide`."""
+    z = product(hidden, weight.T, wide).to(wide)
+    return z if temperature == 1 else z.div_(temperature)
 
 
 def product(a, b, wide):

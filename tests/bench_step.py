@@ -77,7 +77,7 @@ def memory(shape, tokens, device="cuda", gpus=1, shard=False, offload=False, che
     config, (layer, rest) = SHAPES[shape], count_parameters(shape)
     layers, d, act = config.num_hidden_layers, config.hidden_size, 2 if torch.device(device).type == "cuda" else 4
     n = (layer * layers + rest) / (gpus if shard else 1)
-    one, tile = layer_activations(shape, device), 8192 if act == 2 else 2048               # teacher.VOCAB_TILE there
+    one, tile = layer_activations(shape, device), 8192 if act == 2 else 1024               # teacher.VOCAB_TILE there
     parts = {"weights": 4 * n, "gradients": 4 * n, "adam": 8 * n,
              # gathered: two layers and their gradient, embedding and head and theirs; else the bf16 copies of one layer's weights
              "working copies": 4 * (3 * layer + 2 * rest) if shard else act % 4 * layer,

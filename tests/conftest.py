@@ -32,7 +32,7 @@ def run_here(script, *argv):
     module, before = importlib.import_module(script.removesuffix(".py")), sys.argv
     sys.argv = [script, *map(str, argv)]
     try:
-        rollout.run_main(module.main)
+        rollout.run_main(module.main, lambda: module.memory_advice(module.parse_args()))
     except SystemExit as stop:
         return stop.code
     finally:
