@@ -34,7 +34,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from rollout import (InputError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
+from rollout import (InputError, RunError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
                      load_shards, load_tokenizer, one_line, read_json, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint,
                      write_atomic, write_json, writing)
 from rollout import parse_args as parse_rollout_args
@@ -132,7 +132,7 @@ def ask_judge(url, model, question, timeout=120.0, tries=3, wait=2.0):
 def judge(args, problems, responses, indices, wrong, path):
     """(accepted by the judge [N], counts). The boxed answers of the responses in `wrong` [N] are asked, equal ones once.
 
-    Verdicts are kept in `path`, so a second run asks only what is missing. Raises OSError if no question gets an answer.
+    Verdicts are kept in `path`, so a second run asks only what is missing. Raises RunError if no question gets an answer.
     """
     kept = read_json(path, "delete it, the judge is asked again") if path.exists() else {}
     keys = {}                                               # position of a wrong response -> (key, question)
@@ -154,7 +154,7 @@ def judge(args, problems, responses, indices, wrong, path):
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         found = dict(tqdm(threads.map(answer_one, missing.items()), total=len(missing), desc="judge", leave=False))
     if missing and len(errors) == len(missing):
-        raise errors[0]
+        raise RunError(f"the judge answers nothing: {errors[0]}") from errors[0]
     kept |= {key: verdict for key, verdict in found.items() if verdict != "unanswered"}
     write_json(path, kept)
     verdicts = {n: kept.get(key, "unanswered") for n, (key, _) in keys.items()}
@@ -188,7 +188,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     if world > 1:
         dist.barrier()
     data = load_rollouts(folder)
-    options = dict(micro_tokens=args.micro_tokens, trust_remote_code=args.trust_remote_code)
+    options = dict(micro_tokens=args.micro_tokens, trust_remote_code=args.trust_remote_code, shard=args.shard)
     entropy = kl = None
     if args.temperature > 0:                                # greedy samples have neither
         logp, entropies = score(model, folder, with_entropy=True, **options)
@@ -899,6 +899,7 @@ def parse_args(argv=None):
     arg("--tensor-parallel", type=int, default=1, help="GPUs per vLLM engine")
     arg("--shard-prompts", type=int, default=16, help="problems per shard of samples; with --engine hf also the batch, times K")
     arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass when scoring")
+    arg("--shard", action="store_true", help="score a model that does not fit one GPU: split it over ranks, as in teacher.py")
     # Grading
     arg("--task", choices=["math", "code"], default="math", help="as in rollout.py")
     arg("--workers", type=int, default=2, help="grading processes")
@@ -945,6 +946,8 @@ def main():
     if args.base and len(vocabularies) > 1:
         raise InputError("--model and --base have different tokenizers, so there is no KL between them: leave out --base")
     rank, world, _ = setup_ddp()
+    if args.shard and world == 1:
+        raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")
     with grading_pool(args.workers) as pool:
         for model, benchmark in itertools.product(args.model, benchmarks):
             row = evaluate(model, benchmark, args, pool, rank, world)

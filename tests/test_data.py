@@ -1,6 +1,5 @@
 """Prompts, grading, shards and batches: nothing lost, nothing doubled, nothing misread."""
 import json
-import math
 import time
 import multiprocessing
 import shutil

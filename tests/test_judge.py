@@ -10,6 +10,7 @@ import torch
 
 import conftest
 import evaluate
+import rollout
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_unanswered_questions_are_counted_and_asked_again_and_a_dead_judge_stops
     accepted, counts = evaluate.judge(args(endpoint), PROBLEMS, responses, indices, wrong, tmp_path / "j.json")
     assert accepted.tolist() == [True, True] and counts["unanswered"] == 0
     endpoint.default = 500
-    with pytest.raises(OSError):
+    with pytest.raises(rollout.RunError):
         evaluate.judge(args(endpoint), PROBLEMS, responses, indices, wrong, tmp_path / "other.json")
 
 
