@@ -130,3 +130,25 @@ def test_scores_are_computed_once_and_a_changed_checkpoint_is_scored_again(tmp_p
     assert torch.equal(teacher.score(model, rollouts), first) and not loads
     conftest.make_model(model, seed=5)
     assert not torch.equal(teacher.score(model, rollouts), first) and len(loads) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_bf16_is_at_least_as_close_to_float64_as_dense_bf16_logits(temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16().requires_grad_() for n in (128, 5000))
+    targets, cotangents = torch.randint(5000, (128,), generator=generator), torch.randn(2, 128, generator=generator)
+
+    def gradients(logp, entropy, inputs):
+        return torch.autograd.grad((logp * cotangents[0]).sum() + (entropy * cotangents[1]).sum(), inputs)
+
+    def rounded(h, w):                                      # logits come out of the product in bf16, the rest is fp32
+        logp = ((h @ w.T).float() / temperature).log_softmax(-1)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = dense(*wide, targets, temperature)
+    truth = (*truth, *gradients(*truth, wide))
+    errors = []
+    for logp, entropy in (teacher.logps_from_hidden(hidden, weight, targets, temperature, 32), rounded(hidden, weight)):
+        found = (logp, entropy, *gradients(logp, entropy, (hidden, weight)))
+        errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, truth)])
+    assert all(ours <= 1.05 * theirs for ours, theirs in zip(*errors)), errors

@@ -63,3 +63,22 @@ def test_both_stages_and_a_round_trip(checkpoint, tmp_path):
     teacher.save_policy(lm, rollout.load_tokenizer(checkpoint), tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[key], end[key]) for key in end) and again.keys() == end.keys()
+
+
+def test_the_bf16_forward_of_a_gpu(checkpoint, monkeypatch, tmp_path):
+    """What runs on a GPU, under the CPU's autocast: fp32 parameters and gradients, log-probs near those of fp32, a ratio of 1 at the start."""
+    rollouts = conftest.make_rollouts(tmp_path / "rollouts", checkpoint, n_prompts=2, n=2)
+    exact = teacher.score(checkpoint, rollouts)
+    for cached in (rollouts / "scores").iterdir():
+        cached.unlink()
+    monkeypatch.setattr(teacher, "forward_dtype", lambda device: torch.bfloat16)
+    old_logp = teacher.score(checkpoint, rollouts, micro_tokens=40)
+    assert 0 < (old_logp - exact).abs().mean() < 0.05
+    data, policy = teacher.load_rollouts(rollouts), teacher.Policy(teacher.load_policy(checkpoint))
+    input_ids, mask, old_lp = teacher.pad_responses(data, torch.arange(4), "cpu", old_logp)
+    logp, entropy, _ = policy(input_ids, mask)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert (((logp - old_lp) * mask).exp() - 1).abs().max() < 0.05  # other batches round otherwise
+    ((logp + entropy) * mask).sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy.parameters())
+    assert policy.lm.get_output_embeddings().weight.grad.abs().max() > 0
