@@ -60,7 +60,7 @@ def test_sharded_ranks_match_one_process_and_take_over_its_checkpoints(tmp_path)
     """--shard in both stages, with an odd number of micro-batches, so that one rank has an idle turn."""
     model = conftest.make_model(tmp_path / "model")
     rollouts = conftest.make_rollouts(tmp_path / "rollouts", model, n=3)
-    common = ["--rollouts", rollouts, "--micro-tokens", 1, *COMMON]
+    common = ["--rollouts", rollouts, "--micro-tokens", 1, *COMMON, "--lr", "1e-4"]     # Adam turns rounding into steps of any size up to lr
     for nproc, flags in ((1, ()), (2, ("--shard",))):
         def stage(script, name, *argv):
             run(nproc, script, "--out", tmp_path / f"{name}{nproc}", *argv, *common, *flags)
@@ -68,7 +68,7 @@ def test_sharded_ranks_match_one_process_and_take_over_its_checkpoints(tmp_path)
         # the other one's weights and Adam state go on here
         stage("teacher.py", "ppo", "--model", tmp_path / "ce1" / "final", "--loss", "ppo", "--value-steps", 3, "--value-lr", "1e-2",
               "--optimizer-from", tmp_path / "ce1", "--old", model)
-        stage("distill.py", "student", "--student", model, "--teacher", tmp_path / "ce1" / "final", "--max-kl", 0.006,
+        stage("distill.py", "student", "--student", model, "--teacher", tmp_path / "ce1" / "final", "--max-kl", 0.0002,
               "--entropy-coef", 0.01)
         torch.save(teacher.score(model, rollouts), tmp_path / f"score{nproc}")
         for cached in (rollouts / "scores").iterdir():
@@ -76,7 +76,8 @@ def test_sharded_ranks_match_one_process_and_take_over_its_checkpoints(tmp_path)
     for name in ("ce", "ppo", "student"):
         assert largest_gap(weights(tmp_path / f"{name}1"), weights(tmp_path / f"{name}2")) < 1e-5
         assert weights(tmp_path / f"{name}1").keys() == weights(tmp_path / f"{name}2").keys()
-    assert largest_gap(weights(tmp_path / "ce1"), load_file(model / "model.safetensors")) > 1e-3
+    assert largest_gap(weights(tmp_path / "ce1"), load_file(model / "model.safetensors")) > 1e-4
+    assert [len((tmp_path / f"student{n}" / "metrics.jsonl").read_text().splitlines()) for n in (1, 2)] == [2, 2]    # the third passed the budget
     first, second = ([json.loads(line) for line in (tmp_path / f"ce{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
     for a, b in zip(first, second, strict=True):
         for key in ("loss", "grad_norm", "kl_old_new", "entropy", "prob_pos", "reward_pair_acc"):
