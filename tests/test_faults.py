@@ -717,7 +717,8 @@ def test_nothing_of_a_stranger_is_executed():
 
 def driver(out, *argv, **env):
     return subprocess.Popen(["./run_rounds.sh", *argv], cwd=conftest.ROOT, stdout=open(f"{out}.log", "a"), stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, "OUT": str(out), "TABLES": f"{out}/tables", "ONPOLICY_STEPS": "2", "OMP_NUM_THREADS": "1",
+                            env={**os.environ, "OUT": str(out), "TABLES": f"{out}/tables", "OMP_NUM_THREADS": "1", "ROUNDS": "1", "PROMPTS_PER_ROUND": "12",
+                                 "TEACHER_STEPS": "4", "DISTILL_STEPS": "2", "MSE_STEPS": "11", "K": "2",
                                  "TOY": "--steps 150 --min-ops 1 --max-ops 1 --train 40 --validation 4 --test 6", "VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **env})
 
 
@@ -729,17 +730,17 @@ def end(process, out):
 def test_the_driver_is_killed_anywhere_and_finishes_with_the_same_results(tmp_path):
     out, whole, rng, begin = tmp_path / "run" / "demo", tmp_path / "whole", random.Random(0), time.monotonic()
     out.parent.mkdir()
-    end(driver(out, "table3"), out)
+    end(driver(out), out)
     duration = time.monotonic() - begin
     out.parent.rename(whole)                                # the same path again: rows of results name it
     out.parent.mkdir()
     for whom in ("all", "the script", "all"):
-        process = driver(out, "table3")
+        process = driver(out)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.1, 0.3) * duration)
         (os.killpg if whom == "all" else os.kill)(process.pid, signal.SIGKILL)      # a stage may outlive the script: the next run waits for it
         process.wait()
-    end(driver(out, "table3"), out)
+    end(driver(out), out)
     same(whole / "demo", out)
 
 
