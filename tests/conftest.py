@@ -20,7 +20,7 @@ def run_script(*argv, nproc=1, check=True, env=None):
     launcher = [sys.executable]
     if nproc > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    done = subprocess.run([*launcher, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([*launcher, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
