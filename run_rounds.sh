@@ -281,6 +281,7 @@ paper() {                             # paper MODEL   settings of Sec. 4.1; on r
   base=$1 prompts=${PROMPTS:-polaris.jsonl} benchmarks=${BENCHMARKS:-hmmt=hmmt.jsonl:32} validation=       # the first benchmark, as in the paper
   COLLECT="--num-prompts 1000 --n 16 --temperature $temperature --max-tokens 32768"
   ONLINE="--num-prompts 32 --n 16 --temperature $temperature --max-tokens 32768" ONLINE_PART=1 FLAGS=
+  if [ "$NPROC" -gt 1 ]; then FLAGS=--shard; fi             # from 4B on, 80 GB are too little without it (README, "Memory and speed")
   SCORE="--temperature $temperature --top-p 0.95 --max-tokens $length"
   SCORE_KL="--temperature $temperature --top-p 1 --top-k -1 --max-tokens $length"        # top-p below 1 would bias the KL
   BATCH32="--batch-prompts 32" BATCH64="--batch-prompts 64"
