@@ -525,19 +525,26 @@ def report(folder, title=""):
 # ---- the paper's tables, figures and claims (tests/paper.json), from runs/MODEL/seedN ------------------------------------
 
 def read_world(folder):
-    """All runs of one model: dict(name, base: rows by benchmark, runs: {benchmark: read_runs}, scored, seconds: of rollouts by path)."""
+    """All runs of one model: dict(name, rollouts: 'prompts x responses', scored: benchmarks, kl: the one that KL is read from,
+    seconds: {rollouts' path: seconds}, selection: benchmark of @best, base: {benchmark: row}, runs: {benchmark: read_runs})."""
     rows = read_results(folder / "results.jsonl")
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     base = {row["benchmark"]: row for row in rows if row["model"] == row["base"]}
     scored = [b for b in benchmarks if b in base and b != "kl" and (b != "validation" or len(base) == 1)]
-    seconds = {}
+    seconds, rollouts = {}, "-"
     for file in folder.glob("seed*/**/rollouts.json"):
         made = json.loads(file.read_text())["summary"]
+        if file.parent.name == "rollouts" and file.parent.parent.parent == folder:
+            rollouts = f"{made['prompts']:,} x {made['responses'] // made['prompts']}"
         seconds[file.parent.relative_to(folder).as_posix()] = made["responses"] * made["mean_length"] / made["tok_per_s"]
-    return {"name": folder.name, "scored": scored, "kl": "kl" if "kl" in benchmarks else scored[0], "seconds": seconds,
+    return {"name": folder.name, "rollouts": rollouts, "scored": scored, "kl": "kl" if "kl" in benchmarks else scored[0], "seconds": seconds,
             "selection": "validation" if "validation" in benchmarks else benchmarks[0],
             "base": base,
             "runs": {b: read_runs(folder, rows, b) for b in benchmarks}}
+
+
+def world_seeds(world):
+    return sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
 
 
 def find_run(world, seed, label):
@@ -579,7 +586,8 @@ def accuracy(world, rows, drawn=None):
         return None
     if drawn is None:
         return statistics.fmean(row["avg_at_k"] for row in rows)
-    return sum(drawn[row["benchmark"]] @ torch.tensor(row["correct_per_problem"], dtype=torch.float64) / row["k"] for row in rows) / len(rows)
+    scores = [torch.tensor(row["correct_per_problem"], dtype=torch.float64) / row["k"] for row in rows]
+    return sum(drawn[row["benchmark"]] @ score for row, score in zip(rows, scores)) / len(rows)
 
 
 def number(world, seed, metric, name, drawn=None):
@@ -588,7 +596,8 @@ def number(world, seed, metric, name, drawn=None):
     if found is None:
         return None
     run, step, rows = found
-    label, at = name.partition("@")[0], [m for m in (run["metrics"] if run else []) if step - 5 < m["step"] <= step]      # 5 steps: less noise
+    label = name.partition("@")[0]
+    at = [m for m in (run["metrics"] if run else []) if step - 5 < m["step"] <= step]                 # 5 steps: less noise
     if metric == "accuracy":
         return accuracy(world, rows, drawn)
     if metric in ("kl", "entropy", "length"):
@@ -639,7 +648,10 @@ def ahead(world, seed, student, rivals, drawn, last_only):
         paths.append([(number(world, seed, "kl", name), number(world, seed, "accuracy", name, drawn)) for name in names])
     if kl is None or mine is None or not all(len(path) > 1 and all(k is not None for k, _ in path) for path in paths):
         return None
-    best = [max(a for path in paths if (a := accuracy_within([(k, a[d].item()) for k, a in path], kl)) is not None) for d in range(len(mine))]
+    best = []
+    for d in range(len(mine)):
+        reached = [accuracy_within([(k, a[d].item()) for k, a in path], kl) for path in paths]
+        best.append(max(a for a in reached if a is not None))                       # the base is within any KL
     return mine - torch.tensor(best, dtype=torch.float64)
 
 
@@ -649,7 +661,8 @@ def test_value(world, seed, test, drawn):
     draws = len(next(iter(drawn.values())))
     if metric in ("ahead", "ahead_of_last"):
         return ahead(world, seed, plus[0], minus, drawn, metric == "ahead_of_last")
-    values = [number(world, seed, {"spread": "accuracy", "gain_with_length": "accuracy"}.get(metric, metric), name, drawn) for name in plus + minus]
+    of = "accuracy" if metric in ("spread", "gain_with_length") else metric
+    values = [number(world, seed, of, name, drawn) for name in plus + minus]
     if any(value is None or isinstance(value, float) and math.isnan(value) for value in values):
         return None
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(draws) for value in values])
@@ -701,8 +714,7 @@ def decide(claim, worlds):
         generator, slopes = torch.Generator().manual_seed(0), []
         for world in worlds:
             drawn = draw_problems(world, generator)
-            seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
-            per_seed = [value for seed in seeds if (value := test_value(world, seed, test, drawn)) is not None]
+            per_seed = [value for seed in world_seeds(world) if (value := test_value(world, seed, test, drawn)) is not None]
             if per_seed and test["metric"] == "gain_with_length":
                 slopes.append((world["base"][world["scored"][0]]["mean_length"], torch.stack(per_seed)))
             elif per_seed:
@@ -723,96 +735,163 @@ def claim_text(claim, decided):
     answer, lines = decided
     text = [f"* **Claim {claim['number']}: {claim['text']}: {answer}.**"]
     for test, where, seeds, mean, low, high in lines:
-        what = f"{test['metric'].replace('_', ' ')}: {' + '.join(test['plus'])}" + (f" minus {' + '.join(test['minus'])}" if test["minus"] else "")
+        what = f"{test['metric'].replace('_', ' ')}: {' + '.join(test['plus'])}"
+        what += f" minus {' + '.join(test['minus'])}" if test["minus"] else ""
         what += f" minus {test['above']:g}" if "above" in test else ""
-        text.append(f"  * {what} = {mean:+.4f}, 95 % from {low:+.4f} to {high:+.4f} ({where}, {seeds} seed{'s' * (seeds > 1)}): {verdict(low, high)}")
+        text.append(f"  * {what} = {mean:+.4f}, 95 % from {low:+.4f} to {high:+.4f} "
+                    f"({where}, {seeds} seed{'s' * (seeds > 1)}): {verdict(low, high)}")
     return "\n".join(text) + "\n"
+
+
+def noise_lines(world):
+    """How much data a model's numbers rest on, and the standard errors that it gives, one line per benchmark."""
+    lines = []
+    for b in world["scored"]:
+        last = [list(last_rows(by_seed).values()) for by_seed in world["runs"][b].values()]
+        sampling = [row["se"] for rows in last for row in rows]
+        over = [se for rows in last if rows and (se := mean_se(row["avg_at_k"] for row in rows)[1]) is not None]
+        base = world["base"][b]
+        lines.append([world["name"], world["rollouts"], b, f"{base['n_problems']} x {base['k']}", len(world_seeds(world)),
+                      *(f"{statistics.median(se):.4f}" if se else "-" for se in (sampling, over))])
+    return lines
 
 
 def over_seeds(world, metric, name):
     """The values of a checkpoint over the seeds that have it; the base has one."""
-    seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
+    seeds = world_seeds(world)
     values = [number(world, seed, metric, name) for seed in (seeds[:1] if name == "base" else seeds)]
     return [value for value in values if value is not None]
 
 
 def paper_table(spec, worlds):
     """A table of the paper as markdown: what the runs gave, model by model, and the paper's numbers to the right."""
-    metrics = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)", "length": "length (tokens)", "hours": "hours so far"}
+    metrics = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)", "length": "length (tokens)",
+               "hours": "hours so far"}
+    digits = {"kl": 4, "hours": 4, "length": 1}
     shown = [world for world in worlds if any(over_seeds(world, "accuracy", name) for _, name, *_ in spec["rows"][1:])]
     several = len(shown) > 1
     header = ["", *(f"{world['name']}: {metrics[m]}" if several else metrics[m] for world in shown for m in spec["metrics"]),
               *(f"paper: {column}" for column in spec["columns"])]
-    lines = [[label, *(cell(over_seeds(world, m, name), 4 if m in ("kl", "hours") else 1 if m == "length" else 3) for world in shown for m in spec["metrics"]),
-              *map(str, numbers)] for label, name, *numbers in spec["rows"]]
+    lines = [[label, *(cell(over_seeds(world, m, name), digits.get(m, 3)) for world in shown for m in spec["metrics"]), *map(str, numbers)]
+             for label, name, *numbers in spec["rows"]]
     return markdown_table(header, lines)
 
 
-METHODS = {"base": "#444444", "ce-1e2": "#e0a030", "ce-1e2-live": "#b03a48", "ce-kl-5": "#bab0ac", "ce-kl": "#8a8a8a", "ce": "#1f6f8b", "sapo": "#d1603d", "mse": "#7a5195", "ppo": "#9c755f",
-           "online": "#3a9d5d", "unlearned-a": "#76b7b2", "unlearned-b": "#b07aa1", "unlearned-c": "#e15759", "offline": "#d1603d"}
-AXES = {"accuracy": "AVG@K", "kl": "reverse KL to the base (nats per token)", "prob_pos": "mean probability, right responses", "train_entropy":
-        "entropy on the rollouts (nats per token)", "prob_neg": "mean probability, wrong responses", "explained_variance": "explained variance of the reward",
-        "separation": "mean probability: right minus wrong responses"}
+METHODS = {"base": "#444444", "ce": "#1f77b4", "ce-1e2": "#e0a030", "ce-1e2-live": "#b03a48", "ce-kl": "#8a8a8a",
+           "ce-kl-5": "#bab0ac", "sapo": "#d6409f", "ppo": "#9c755f", "mse": "#7a5195", "online": "#3a9d5d", "offline": "#d6409f",
+           "unlearned-a": "#76b7b2", "unlearned-b": "#b07aa1", "unlearned-c": "#e15759"}
+AXES = {"accuracy": "AVG@K", "kl": "reverse KL to the base (nats per token)", "prob_pos": "mean probability, right responses",
+        "prob_neg": "mean probability, wrong responses", "train_entropy": "entropy on the rollouts (nats per token)",
+        "explained_variance": "explained variance of the reward", "separation": "mean probability: right minus wrong responses"}
 
 
-def colour(label):
-    """The same colour for the same method everywhere: that of the longest name in METHODS that the run's name starts with."""
+def settings_table(worlds):
+    """The flags of every run, from the run.json of its first seed in the first model that has it."""
+    lines = {}
+    for world in worlds:
+        for label, by_seed in world["runs"][world["scored"][0]].items():
+            run = next(iter(by_seed.values()))
+            args = run["info"]["args"]
+            policies = ["model"] if "loss" in args else ["student", "teacher", "denominator"]
+            start, *signal = (re.sub(r".*/seed\w+/|.*/(?=base$)", "", str(args[key])) for key in policies)
+            shown = ["lr", "batch_prompts"] + (["loss"] if "loss" in args else ["positive_signal"])
+            shown += {"ce": ["beta", "ref"], "mse": ["negative_weight"]}.get(args.get("loss"), [])
+            shown += (["kl_coef", "kl_kind"] if args["kl_coef"] else []) + (["entropy_coef"] if args.get("entropy_coef") else [])
+            flags = " ".join(f"--{key.replace('_', '-')} {args[key]}" for key in shown)
+            lines.setdefault(label, [label, start, " / ".join(signal) or "-", flags, len(run["metrics"])])
+    return markdown_table(["run", "starts from", "teacher / denominator", "flags", "steps"], lines.values())
+
+
+def method_style(label):
+    """Colour and line of a run. The colour is that of the longest name in METHODS that the run's name starts with, in every figure."""
     names = [name for name in METHODS if label.startswith(name)]
-    return METHODS[max(names, key=len)] if names else "#000000"
+    return dict(color=METHODS[max(names, key=len)] if names else "#000000", label=label,
+                linestyle="--" if "student" in label or "live" in label else "-")
+
+
+def movements(world, label):
+    """What evaluate.py --movement wrote into the run.json of each seed."""
+    runs = [run for seed in world_seeds(world) if (run := find_run(world, seed, label))]
+    return [run["info"]["movement"] for run in runs if "movement" in run["info"]]
+
+
+def draw_movement(axes, panel, world):
+    """How far the student's log-probs moved for tokens that the teacher moved this far (Fig. 7b), first seed."""
+    drawn = [(label, moved[0]) for label in panel["runs"] if (moved := movements(world, label))]
+    for label, moved in drawn:
+        axes.loglog(moved["teacher"], moved["student"], marker="s" if "live" in label else "o", markersize=3, **method_style(label))
+    axes.plot((1e-4, 10), (1e-4, 10), ":", color=METHODS["base"], label="as far as the teacher")
+    axes.set(xlabel="|log teacher - log old| (mean of a bin, nats)", ylabel="|log student - log old| (nats)",
+             title="first seed, final step")
+    return bool(drawn)
+
+
+def draw_histogram(axes, panel, world):
+    """Probabilities, or values, of tokens of right and wrong responses (Fig. 10), all seeds together."""
+    label, = panel["runs"]
+    moved = movements(world, label)
+    for response, name, colour in (("positive", "right responses", "#2f7d4f"), ("negative", "wrong responses", "#b03a48")):
+        counts = [sum(bins) for bins in zip(*(m[response] for m in moved))]
+        centres = [(i + 0.5) / len(counts) for i in range(len(counts))]
+        axes.step(centres, [count / sum(counts) for count in counts], where="mid", label=name, color=colour)
+    axes.set(yscale="log", xlabel=moved[0]["what"] if moved else "", ylabel="share of tokens", title=label)
+    return bool(moved)
+
+
+def draw_paths(axes, panel, world):
+    """One quantity of several runs over their steps or the KL: evaluated checkpoints with error bars, or all training steps with a band."""
+    drawn, training, over_kl = False, panel["y"] not in ("accuracy", "kl"), panel.get("x") == "kl"
+    for label in panel["runs"]:
+        runs = {seed: run for seed in world_seeds(world) if (run := find_run(world, seed, label))}
+        if not runs:
+            continue
+        steps = [m["step"] for m in next(iter(runs.values()))["metrics"]] if training else [0, *rows_by_step(runs)]
+        names = {step: f"{label}@{step}" if step else "base" for step in steps}
+        points = [(statistics.fmean(over_seeds(world, "kl", names[step])) if over_kl and step else step, *mean_se(values))
+                  for step in steps if (values := over_seeds(world, panel["y"], names[step]))]
+        if not points:
+            continue
+        x, y, se = zip(*((x, mean, se or 0.0) for x, mean, se in points))
+        style, drawn = method_style(label), True
+        if training:
+            axes.plot(x, y, **style)
+            low, high = zip(*((mean - e, mean + e) for mean, e in zip(y, se)))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        else:
+            student = style["linestyle"] == "--"
+            axes.errorbar(x, y, yerr=se, marker="*" if student else "o", markersize=9 if student else 4, capsize=2, **style)
+    axes.set(xlabel=AXES["kl"] if over_kl else "optimizer step", ylabel=AXES[panel["y"]])
+    if panel["y"] == "accuracy":
+        axes.axhline(accuracy(world, world["base"]), color=METHODS["base"], linestyle=":", label="base")
+    return drawn
+
+
+def draw_chains(axes, panel, world):
+    """Accuracy of checkpoints that follow one another (Fig. 8)."""
+    drawn, named = False, set()
+    for label, chain in panel["chains"].items():
+        values = [over_seeds(world, "accuracy", name) for name in chain]
+        if not all(values):
+            continue
+        means, drawn = [mean_se(v) for v in values], True
+        axes.errorbar(range(len(chain)), [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2,
+                      **method_style(label) | {"linestyle": "-"})
+        below = bool(named)
+        for i, name in enumerate(chain):
+            if name not in named:                           # chains share their first checkpoints
+                axes.annotate(name.split("/")[0], (i, means[i][0]), xytext=(0, -14 if below else 8), textcoords="offset points",
+                              fontsize=7, ha="center")
+        named |= set(chain)
+        axes.set_xticks(range(len(chain)))
+    axes.set(xlabel="phase", ylabel=AXES["accuracy"])
+    axes.margins(0.12)
+    return drawn
 
 
 def draw_panel(axes, panel, world):
     """One panel of a figure of the paper; False if no run has what it shows."""
-    seeds = sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
-    kind, drawn = panel.get("kind", "path"), False
-    for label in panel.get("runs", ()):
-        style = dict(color=colour(label), label=label, linestyle="--" if "student" in label or "live" in label else "-")
-        runs = [run for seed in seeds if (run := find_run(world, seed, label))]
-        moved = [run["info"]["movement"] for run in runs if "movement" in run["info"]]
-        if kind == "movement" and moved:
-            axes.loglog(moved[0]["teacher"], moved[0]["student"], marker="s" if "live" in label else "o", markersize=3, **style)
-        elif kind == "histogram" and moved:
-            for response in ("positive", "negative"):
-                counts = [sum(c) for c in zip(*(m[response] for m in moved))]
-                edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
-                axes.step(edges, [c / sum(counts) for c in counts], where="mid", label=f"{response} responses", color="#2f7d4f" if response == "positive" else "#b03a48")
-            axes.set(yscale="log", xlabel=moved[0]["what"], ylabel="share of tokens", title=label)
-        elif kind == "path" and runs:
-            training = panel["y"] not in ("accuracy", "kl")
-            steps = [m["step"] for m in runs[0]["metrics"]] if training else [0, *rows_by_step({i: run for i, run in enumerate(runs)})]
-            points = [(step, [v for v in over_seeds(world, panel["y"], f"{label}@{step}" if step else "base") if v is not None]) for step in steps]
-            points = [(step, *mean_se(values)) for step, values in points if values]
-            if not points:
-                continue
-            x = [0.0 if step == 0 else statistics.fmean(over_seeds(world, "kl", f"{label}@{step}")) for step, *_ in points] if panel.get("x") == "kl" else [p[0] for p in points]
-            y, se = [p[1] for p in points], [p[2] or 0.0 for p in points]
-            if training:
-                axes.plot(x, y, **style)
-                axes.fill_between(x, [a - b for a, b in zip(y, se)], [a + b for a, b in zip(y, se)], color=style["color"], alpha=0.2, linewidth=0)
-            else:
-                axes.errorbar(x, y, yerr=se, marker="*" if "student" in label else "o", markersize=9 if "student" in label else 4, capsize=2, **style)
-        else:
-            continue
-        drawn = True
-    for label, chain in panel.get("chains", {}).items():
-        values = [over_seeds(world, "accuracy", name) for name in chain]
-        if all(values):
-            means = [mean_se(v) for v in values]
-            axes.errorbar(range(len(chain)), [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2, label=label, color=colour(label))
-            for i, name in enumerate(chain):
-                if name in next(iter(panel["chains"].values())) and label != next(iter(panel["chains"])):     # named already
-                    continue
-                axes.annotate(name.split("/")[0], (i, means[i][0]), textcoords="offset points", xytext=(0, 8 if label == "offline" else -14), fontsize=7, ha="center")
-            axes.set(xlabel="phase", ylabel=AXES["accuracy"], xticks=range(len(chain)))
-            axes.margins(0.12)
-            drawn = True
-    if kind == "movement":
-        axes.plot((1e-4, 10), (1e-4, 10), ":", color="#444444", label="as far as the teacher")
-        axes.set(xlabel="|log teacher - log old| (mean of a bin, nats)", ylabel="|log student - log old| (nats)", title="first seed, final step")
-    elif kind == "path":
-        axes.set(xlabel=AXES["kl"] if panel.get("x") == "kl" else "optimizer step", ylabel=AXES[panel["y"]])
-        if panel["y"] == "accuracy":
-            axes.axhline(accuracy(world, world["base"]), color=METHODS["base"], linestyle=":", label="base")
+    draw = {"movement": draw_movement, "histogram": draw_histogram, "chains": draw_chains}.get(panel.get("kind"), draw_paths)
+    drawn = draw(axes, panel, world)
     axes.grid(alpha=0.25)
     if drawn:
         axes.legend(fontsize=7)
@@ -821,10 +900,12 @@ def draw_panel(axes, panel, world):
 
 def paper_figure(plt, name, spec, worlds, folder):
     """FOLDER/NAME-MODEL.png for every model that has the runs; returns the markdown that shows them."""
-    text = []
+    text, number_of_panels = [], len(spec["panels"])
+    wide = {1: 1, 4: 2}.get(number_of_panels, number_of_panels)
+    high = number_of_panels // wide
     for world in worlds:
-        figure, panels = plt.subplots(1, len(spec["panels"]), figsize=(4.6 * len(spec["panels"]) if len(spec["panels"]) > 1 else 8, 4), squeeze=False)
-        if any([draw_panel(axes, panel, world) for axes, panel in zip(panels[0], spec["panels"])]):
+        figure, panels = plt.subplots(high, wide, figsize=(4.8 * wide if wide > 1 else 8, 3.6 * high + 0.4), squeeze=False)
+        if any([draw_panel(axes, panel, world) for axes, panel in zip(panels.flat, spec["panels"])]):
             figure.tight_layout()
             figure.savefig(folder / f"{name}-{world['name']}.png", dpi=100)
             text.append(f"![{spec['title']}, {world['name']}](figures/{name}-{world['name']}.png)\n")
@@ -846,18 +927,22 @@ def report_tables(folder, names, runs, title=""):
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     claims = [claim for claim in paper["claims"] if set(claim["where"]) & set(names)]
     decided = {claim["number"]: decide(claim, worlds) for claim in tqdm(claims, desc="claims", leave=False)}
+    noise, summary = [line for world in worlds for line in noise_lines(world)], []
+    for claim in claims:
+        answer, tests = decided[claim["number"]]
+        numbers = "; ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for *_, mean, low, high in tests)
+        summary.append([claim["number"], claim["text"], answer, numbers])
     text = [f"# Tables and figures of arXiv 2605.25582{title and f' ({title})'}\n",
-            "Columns that start with *paper* and captions that say so hold the paper's numbers, of its own models and benchmarks: compare order and direction, "
-            "not values. Everything else was measured here; ± is the standard error over seeds. KL is the reverse KL to the base, on the policy's own samples.\n",
-            "A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where one lies below 0 with all of it, and is **undecided** "
-            f"otherwise: {DRAWS} bootstrap draws of seeds and problems. KL, entropy, length, time and probabilities vary over seeds only. `RUN@best` is the checkpoint that is "
-            "best on the validation benchmark. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
-            markdown_table(["model", "benchmark", "problems x samples", "seeds", "sampling s.e. of one checkpoint"], [
-                [world["name"], b, f"{row['n_problems']} x {row['k']}", len({s for by in world["runs"][b].values() for s in by}), f"{row['se']:.4f}"]
-                for world in worlds for b in world["scored"] for row in [world["base"][b]]]),
-            "## Claims\n", markdown_table(["claim", "", "verdict", "decided by"], [
-                [claim["number"], claim["text"], decided[claim["number"]][0], "; ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for *_, mean, low, high in decided[claim["number"]][1])]
-                for claim in claims])]
+            "Columns that start with *paper* and captions that say so hold the paper's numbers, of its own models and benchmarks: "
+            "compare order and direction, not values. Everything else was measured here; ± is the standard error over seeds. KL is the "
+            "reverse KL to the base, on the policy's own samples.\n",
+            "A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where one lies below "
+            f"0 with all of it, and is **undecided** otherwise: {DRAWS} bootstrap draws of seeds and problems. KL, entropy, length, time "
+            "and probabilities vary over seeds only; two or three seeds make a rough interval. `RUN@best` is the checkpoint that is best on the "
+            "validation benchmark. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
+            markdown_table(["model", "prompts x responses", "benchmark", "problems x samples", "seeds", "AVG@K of a checkpoint: s.e. from sampling",
+                            "s.e. over seeds (median)"], noise),
+            "## Claims\n", markdown_table(["claim", "", "verdict", "decided by"], summary)]
     for name in names:
         spec = paper["tables"].get(name) or paper["figures"][name]
         text.append(f"## {'Table' if name in paper['tables'] else 'Figure'} {re.sub(r'[a-z]+', '', name)}. {spec['title']}\n")
@@ -866,8 +951,9 @@ def report_tables(folder, names, runs, title=""):
         text += [claim_text(claim, decided[claim["number"]]) for claim in claims if name in claim["where"]]
     if "table11" in names and not any(world["name"].endswith("-code") for world in worlds):
         text.append("The code half of Table 11 was not run here.\n")
+    text += ["## Settings\n", "Names of runs hold the paper's numbers; these are the flags that were used, here in the first seed.\n", settings_table(worlds)]
     write_atomic(folder / "report.md", lambda p: p.write_text("\n".join(text)))
-    print("\n".join(text[4:6] if len(names) > 3 else text[4:]))
+    print("\n".join(text[4:6] if len(names) > 3 else text[4:-3]))
     print(f"report: {folder / 'report.md'}   figures: {folder / 'figures'}")
 
 

@@ -205,7 +205,8 @@ def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, **args)
     """A finished run without weights: run.json, metrics.jsonl, and rows of its checkpoints that are right `accuracy` of the time."""
     folder = world / f"seed{seed}" / out
     folder.mkdir(parents=True)
-    info = {"script": script, "args": {"rollouts": f"{world}/seed{seed}/{rollouts}", "lr": 1e-3, "batch_prompts": 4, "kl_coef": 0.0, **args}}
+    info = {"script": script, "args": {"rollouts": f"{world}/seed{seed}/{rollouts}", "lr": 1e-3, "batch_prompts": 4, "kl_coef": 0.0,
+                                        "beta": 0.5, "ref": "old", "negative_weight": 1.0, "positive_signal": "all", **args}}
     if out.startswith("ce-1e2-"):
         far = 2.0 if out.endswith("student") else 0.5
         info["movement"] = {"count": [10, 5], "teacher": [0.01, 2.0], "student": [0.01, far], "ratio": 1.0}
@@ -238,12 +239,13 @@ def finished(tmp_path_factory):
             for seed in (0, 1):
                 if c["script"] == "rollout.py":
                     (world / f"seed{seed}" / c["out"]).mkdir(parents=True, exist_ok=True)
-                    (world / f"seed{seed}" / c["out"] / "rollouts.json").write_text(json.dumps({"summary": {"responses": 100, "mean_length": 40.0, "tok_per_s": 100.0}}))
+                    (world / f"seed{seed}" / c["out"] / "rollouts.json").write_text(json.dumps({"summary": {"responses": 100, "prompts": 25, "mean_length": 40.0, "tok_per_s": 100.0}}))
                 elif c["script"] in ("teacher.py", "distill.py"):
                     every = 1 if c.get("save-every") == "2" or c["steps"] in ("1", "32") else 2 if c["steps"] == "16" else 10
-                    teacher = {"teacher": f"{world}/seed{seed}/{c['teacher']}"} if "teacher" in c else {}
+                    policies = {key: c[key] for key in ("model", "student", "denominator", "loss", "beta", "ref") if key in c}
+                    policies |= {"teacher": f"{world}/seed{seed}/{c['teacher']}"} if "teacher" in c else {}
                     accuracy = 0.2 if c["out"] == "mse" else 0.75 if "student" in c["out"] or "min0" in c["out"] else 0.6
-                    rows += fake_run(world, seed, c["out"], int(c["steps"]), every, accuracy, c["script"], c["rollouts"], **teacher)
+                    rows += fake_run(world, seed, c["out"], int(c["steps"]), every, accuracy, c["script"], c["rollouts"], **policies)
     rows = [fake_row(world, "base", 0.4, 0.0, b) for b in ("validation", "test")] + rows
     (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -267,6 +269,7 @@ def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
     assert all((finished / "all" / f).stat().st_size > 5000 for f in figures)
     assert summary["8"] == "holds" and summary["1"] == "undecided"                     # 0.75 > 0.4 > 0.2; equal teachers
     assert summary["17"] == "holds" and summary["7"] == "does not hold"                # 32 of 192 seconds; explained variance 0.68
+    assert "| batch4/student | batch3/student/final | batch4/ce/final / ce-student/step-0010 | " in text and "| toy | 25 x 4 | test | 12 x 8 | 2 | 0.0300 | 0.0000 |" in text
     capsys.readouterr()
 
 
