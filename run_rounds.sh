@@ -310,10 +310,13 @@ distil() {                            # distil NAME START TEACHER DENOMINATOR RO
     --out "$dir/$1" --seed "$seed" "${@:6}" $FLAGS
 }
 
+ONLINE_KEPT="10 25 40 50 60 70 100"   # steps whose weights stay, for all recipes: they share runs
+
 onpolicy() {                          # onpolicy NAME START STEP...   one optimizer step on each fresh batch, Adam carried over; STEPs are measured
   local i previous= policy last=$(( ${*: -1} / ONLINE_PART )) keep=" " names=""
   policy=$(at "$2")
-  for i in "${@:3}"; do keep="$keep$((i / ONLINE_PART)) "; names="$names $1/update$(printf %03d $((i / ONLINE_PART)))/final"; done
+  for i in $ONLINE_KEPT; do keep="$keep$((i / ONLINE_PART)) "; done
+  for i in "${@:3}"; do names="$names $1/update$(printf %03d $((i / ONLINE_PART)))/final"; done
   for ((i = 1; i <= last; i++)); do
     local out=$dir/$1/update$(printf %03d "$i") data=$dir/$1/rollouts$(printf %03d "$i")
     if [ -z "${DRY_RUN:-}" ] && [ -e "$out/final" ]; then previous=$out policy=$out/final; continue; fi

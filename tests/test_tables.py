@@ -85,6 +85,13 @@ def test_every_recipe_prints_the_papers_settings_for_every_model_of_its_table(na
     assert {c["model"] for c in measured} and commands[-1]["tables"] == name
 
 
+def test_an_on_policy_run_keeps_the_weights_that_any_recipe_measures():
+    text = (conftest.ROOT / "run_rounds.sh").read_text()
+    kept = set(re.search(r'ONLINE_KEPT="(.*?)"', text)[1].split())
+    calls = re.findall(r"^  onpolicy \S+ \S+ ([\d ]+?)(?: +#.*)?$", text, re.M)
+    assert len(calls) == 5 and {step for call in calls for step in call.split()} <= kept       # one recipe must not remove what another evaluates
+
+
 def test_models_of_a_table_come_in_turn_and_model_narrows_them():
     for name, models in MODELS.items():
         commands = dry_run(name, PROMPTS="polaris.jsonl", BENCHMARKS="hmmt=hmmt.jsonl:32", NPROC="8")
