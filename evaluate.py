@@ -250,7 +250,8 @@ def movement(student, teacher, old):
 
 def add_movement(run):
     """Keep in a finished run's run.json which tokens moved: for distill.py the comparison with its teacher (Fig. 7), for teacher.py
-    histograms over [0, 1] of pi(a|s) on right and wrong responses, or of PPO's values (Fig. 10)."""
+    histograms over [0, 1] of pi(a|s) on right and wrong responses, or of PPO's values (Fig. 10), and for SFT, which sees right responses
+    only, the mean of both at every saved step (Fig. 9)."""
     path = run / "run.json"
     if not (run / "final").is_dir() or not path.is_file():
         raise InputError(f"{run} is not a finished run of distill.py or teacher.py: it needs run.json and final/")
@@ -271,6 +272,11 @@ def add_movement(run):
         moved = {"what": "value of a linear critic" if values.exists() else "pi(a|s) of the trained policy"}
         for kind, mask in (("positive", right), ("negative", ~right)):
             moved[kind] = torch.histc(tokens[mask].float().clamp(0, 1), 25, 0, 1).tolist()
+        if args["loss"] == "sft":
+            last = len((run / "metrics.jsonl").read_text().splitlines())
+            saved = {0: args["model"], **{int(p.name[5:]): p for p in sorted(run.glob("step-????"))}, last: run / "final"}
+            probs = {step: score(policy, args["rollouts"], **options).exp() for step, policy in saved.items()}
+            moved["path"] = [[step, x[right].mean().item(), x[~right].mean().item()] for step, x in probs.items()]
     if setup_ddp()[0] == 0:
         write_json(path, info | {"movement": moved})
 
@@ -603,8 +609,9 @@ def number(world, seed, metric, name, drawn=None):
     if metric in ("kl", "entropy", "length"):
         row = rows.get(world["kl"] if metric == "kl" else world["scored"][0])
         return row and row[{"length": "mean_length"}.get(metric, metric)]
-    if metric == "separation":
-        return at and statistics.fmean(m["prob_pos"] - m["prob_neg"] for m in at) or None
+    if metric == "separation":                              # of SFT, from evaluate.py --movement
+        path = run["info"].get("movement", {}).get("path", []) if run else []
+        return next((right - wrong for at, right, wrong in path if at == step), None)
     if metric in ("prob_pos", "prob_neg", "explained_variance", "train_entropy"):
         values = [m[metric.removeprefix("train_")] for m in at]
         return statistics.fmean(values) if values and None not in values else None
@@ -840,15 +847,17 @@ def draw_histogram(axes, panel, world):
 
 def draw_paths(axes, panel, world):
     """One quantity of several runs over their steps or the KL: evaluated checkpoints with error bars, or all training steps with a band."""
-    drawn, training, over_kl = False, panel["y"] not in ("accuracy", "kl"), panel.get("x") == "kl"
+    drawn, training, over_kl = False, panel["y"] not in ("accuracy", "kl", "separation"), panel.get("x") == "kl"
     for label in panel["runs"]:
         runs = {seed: run for seed in world_seeds(world) if (run := find_run(world, seed, label))}
         if not runs:
             continue
         steps = [m["step"] for m in next(iter(runs.values()))["metrics"]] if training else [0, *rows_by_step(runs)]
         names = {step: f"{label}@{step}" if step else "base" for step in steps}
-        points = [(statistics.fmean(over_seeds(world, "kl", names[step])) if over_kl and step else step, *mean_se(values))
-                  for step in steps if (values := over_seeds(world, panel["y"], names[step]))]
+        if panel["y"] == "separation":
+            names = {step: f"{label}@{step}" for moved in movements(world, label) for step, *_ in moved.get("path", [])}
+        points = [(statistics.fmean(over_seeds(world, "kl", name)) if over_kl and step else step, *mean_se(values))
+                  for step, name in names.items() if (values := over_seeds(world, panel["y"], name))]
         if not points:
             continue
         x, y, se = zip(*((x, mean, se or 0.0) for x, mean, se in points))

@@ -626,6 +626,7 @@ fig9() {                              # unlearning strength, and SFT from the po
     teach $un-sft $un/final rollouts $SFT $BATCH32 --steps 50
   done
   measure unlearned-{a,b,c}/final
+  movement unlearned-{a,b,c}-sft
 }
 
 fig10() {                             # outliers: probabilities of the MSE policy against the values of a linear critic (PPO's)

@@ -302,6 +302,20 @@ def test_movement_bins_every_token_by_how_far_the_teacher_went(tiny, tmp_path):
     assert sum(kept["count"]) == len(teacher.score(model, rollouts)) and kept["ratio"] > 0
 
 
+def test_sft_keeps_the_probability_of_wrong_responses_it_never_trains_on(tiny, tmp_path):
+    model, rollouts, _ = tiny
+    run_here("teacher.py", "--model", model, "--rollouts", rollouts, "--out", tmp_path / "t", "--loss", "sft", "--steps", 4, "--save-every", 2, *FAST)
+    run_here("evaluate.py", "--movement", tmp_path / "t")
+    kept = json.loads((tmp_path / "t" / "run.json").read_text())["movement"]
+    assert [step for step, *_ in kept["path"]] == [0, 2, 4]
+    data = teacher.load_rollouts(rollouts)
+    right = (data["reward"] > 0).repeat_interleave(data["response_offsets"].diff())
+    for checkpoint, (_, of_right, of_wrong) in zip((model, tmp_path / "t" / "step-0002", tmp_path / "t" / "final"), kept["path"]):
+        probs = teacher.score(checkpoint, rollouts).exp()
+        assert (of_right, of_wrong) == pytest.approx((probs[right].mean().item(), probs[~right].mean().item()))
+    assert kept["path"][-1][1] > kept["path"][0][1] and sum(kept["positive"]) == int(right.sum())
+
+
 def test_pick_takes_the_best_on_a_benchmark_and_keeps_the_first_unless_the_lead_is_clear(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps({"model": m, "benchmark": b, "avg_at_k": a, "se": 0.02}) + "\n"
