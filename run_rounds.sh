@@ -52,9 +52,9 @@ TEACHER_STEPS=${TEACHER_STEPS:-48}                             # 1.5 epochs
 DISTILL_STEPS=${DISTILL_STEPS:-10}                             # paper: 10 when iterating rounds
 MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-16}                                                     # samples per test problem
-SAMPLE="-n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100"
+SAMPLE="-n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100 --workers 1"
 TRAIN="--micro-tokens 4096 --no-checkpointing"
-MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192"
+MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50 --micro-tokens 8192 --workers 1"
 
 # Tables and figures
 REAL=${MODEL:-${MODELS:-${PROMPTS:-}}}                         # with any of these: real models, the paper's settings
@@ -659,12 +659,12 @@ models() {                            # models TABLE   MODEL, else MODELS, else 
   esac
 }
 
-seeds() {                             # seeds TABLE   fewer where a table takes long; one on real models, as in the paper
+seeds() {                             # seeds TABLE   more where they are cheap and decide; one on real models, as in the paper
   if [ -n "$SEEDS" ]; then echo "$SEEDS"; return; fi
-  case ${REAL:+real}$1 in
-    real*) echo 0 ;;
-    table2|table3|table4|table6|table7|table8|table9|table10|table11|fig8|fig9) echo "0 1" ;;
-    *) echo "0 1 2" ;;
+  case ${REAL:+real}$1-${model:-} in
+    real*|table11-long) echo 0 ;;
+    fig4*|fig7*) echo "0 1 2 3" ;;
+    *) echo "0 1" ;;
   esac
 }
 
