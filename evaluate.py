@@ -196,7 +196,8 @@ def evaluate(model, benchmark, args, pool, rank, world):
         if args.base:                                       # reverse KL, on samples of the new policy
             same = checkpoint_fingerprint(args.base) == fingerprint
             kl = 0.0 if same else (logp - score(args.base, folder, **options)).double().mean().item()
-    if rank == 0 and any(grading := {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}.values()):
+    grading = {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}
+    if rank == 0 and any(grading.values()):
         print(f"grading {name}: " + ", ".join(f"{k} {v}" for k, v in grading.items()))
 
     judged = counts = None
@@ -870,6 +871,8 @@ def draw_paths(axes, panel, world):
             student = style["linestyle"] == "--"
             axes.errorbar(x, y, yerr=se, marker="*" if student else "o", markersize=9 if student else 4, capsize=2, **style)
     axes.set(xlabel=AXES["kl"] if over_kl else "optimizer step", ylabel=AXES[panel["y"]])
+    if not over_kl:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if panel["y"] == "accuracy":
         axes.axhline(accuracy(world, world["base"]), color=METHODS["base"], linestyle=":", label="base")
     return drawn
@@ -883,13 +886,13 @@ def draw_chains(axes, panel, world):
         if not all(values):
             continue
         means, drawn = [mean_se(v) for v in values], True
-        axes.errorbar(range(len(chain)), [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2,
+        later = bool(named)                                 # drawn a little to the right, named above instead of below
+        x = [i + 0.06 * later for i in range(len(chain))]
+        axes.errorbar(x, [m for m, _ in means], yerr=[se or 0.0 for _, se in means], marker="o", capsize=2,
                       **method_style(label) | {"linestyle": "-"})
-        below = bool(named)
         for i, name in enumerate(chain):
             if name not in named:                           # chains share their first checkpoints
-                axes.annotate(name.split("/")[0], (i, means[i][0]), xytext=(0, -14 if below else 8), textcoords="offset points",
-                              fontsize=7, ha="center")
+                axes.annotate(name.split("/")[0], (x[i], means[i][0]), xytext=(6, 8 if later else -12), textcoords="offset points", fontsize=7)
         named |= set(chain)
         axes.set_xticks(range(len(chain)))
     axes.set(xlabel="phase", ylabel=AXES["accuracy"])

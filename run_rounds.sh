@@ -4,27 +4,27 @@
 #   ./run_rounds.sh          the whole method on the demonstration world, CPU is enough; ends with runs/demo/report.md
 #   ./run_rounds.sh all      every table and figure in one report, with verdicts on the paper's claims: runs/tables/all/report.md
 #   ./run_rounds.sh NAME     one of these. Hours: all its models on 8 GPUs, reckoned for 3B from Table 4 of the paper, which does not name its
-#                            hardware; evaluation not counted. Minutes: its commands on the demonstration world, one core, in the
+#                            hardware; evaluation not counted. Minutes: one seed on one core, demonstration world, in the
 #                            order of `all`, where the runs of an earlier table are there already (runs/tables/seconds.txt has yours).
-#     table1   teacher losses with and without distillation              113 h   not measured
-#     table2   rounds with and without distillation                      142 h   not measured
-#     table3   on-policy GRPO from the base and from a student           100 h   not measured
-#     table4   score and time per stage                                   51 h   not measured
-#     table5   steps and KL weight of the distillation                    31 h   not measured
-#     table6   rounds with an entropy bonus in the distillation          100 h   not measured
-#     table7   which checkpoints make the weak-to-strong signal           32 h   not measured
-#     table8   ensembles of two teachers, unlearned starts                71 h   not measured
-#     table9   recovery of an unlearned policy by SFT or CE               45 h   not measured
+#     table1   teacher losses with and without distillation              113 h  10 min
+#     table2   rounds with and without distillation                      142 h  16 min
+#     table3   on-policy GRPO from the base and from a student           100 h   5 min
+#     table4   score and time per stage                                   51 h   3 min
+#     table5   steps and KL weight of the distillation                    31 h   2 min
+#     table6   rounds with an entropy bonus in the distillation          100 h   4 min
+#     table7   which checkpoints make the weak-to-strong signal           32 h   5 min
+#     table8   ensembles of two teachers, unlearned starts                71 h   7 min
+#     table9   recovery of an unlearned policy by SFT or CE               45 h   6 min
 #     table10  weak to strong on models of other lengths                  82 h   not measured
-#     table11  weak to strong in rounds; unlearned policies for code     124 h   not measured
-#     table12  outliers of the signal on right responses                  36 h   not measured
-#     fig4     many steps on one batch                                    52 h   not measured
-#     fig5     dynamics of the MSE loss                                   13 h   not measured
-#     fig6     accuracy against KL                                        44 h   not measured
-#     fig7     the denominator: pi_old or the live student                19 h   not measured
-#     fig8     online and offline phases in turn                         128 h   not measured
-#     fig9     strength of the unlearning, and SFT after it               22 h   not measured
-#     fig10    outliers against a linear critic                           21 h   not measured
+#     table11  weak to strong in rounds; unlearned policies for code     124 h   5 min
+#     table12  outliers of the signal on right responses                  36 h   1 min
+#     fig4     many steps on one batch                                    52 h   1 min
+#     fig5     dynamics of the MSE loss                                   13 h   1 min
+#     fig6     accuracy against KL                                        44 h   6 min
+#     fig7     the denominator: pi_old or the live student                19 h   1 min
+#     fig8     online and offline phases in turn                         128 h   8 min
+#     fig9     strength of the unlearning, and SFT after it               22 h   1 min
+#     fig10    outliers against a linear critic                           21 h   1 min
 #                            On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS, NPROC, for example
 #                            MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=polaris.jsonl BENCHMARKS="hmmt=hmmt.jsonl:32" NPROC=8
 #   ./run_rounds.sh test     the tests

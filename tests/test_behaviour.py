@@ -316,6 +316,15 @@ def test_sft_keeps_the_probability_of_wrong_responses_it_never_trains_on(tiny, t
     assert kept["path"][-1][1] > kept["path"][0][1] and sum(kept["positive"]) == int(right.sum())
 
 
+def test_evaluation_says_how_many_answers_the_grader_refused(tiny, tmp_path, monkeypatch, capsys):
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
+    monkeypatch.setattr(rollout, "last_boxed", lambda text: "9^{9^{9^9}}")          # a random model boxes nothing
+    run_here("evaluate.py", "--model", tiny[0], "--data", f"t={problems}:3", "--out", tmp_path / "r.jsonl", "--engine", "hf", "--max-tokens", 5)
+    assert "refused 1" in capsys.readouterr().out                                    # each distinct answer is graded once
+    assert evaluate.read_results(tmp_path / "r.jsonl")[0]["avg_at_k"] == 0
+
+
 def test_pick_takes_the_best_on_a_benchmark_and_keeps_the_first_unless_the_lead_is_clear(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps({"model": m, "benchmark": b, "avg_at_k": a, "se": 0.02}) + "\n"
