@@ -15,7 +15,7 @@
 #     table7   which checkpoints make the weak-to-strong signal           32 h   5 min
 #     table8   ensembles of two teachers, unlearned starts                71 h   7 min
 #     table9   recovery of an unlearned policy by SFT or CE               45 h   6 min
-#     table10  weak to strong on models of other lengths                  82 h   not measured
+#     table10  weak to strong on models of other lengths                  82 h   6 min
 #     table11  weak to strong in rounds; unlearned policies for code     124 h   5 min
 #     table12  outliers of the signal on right responses                  36 h   1 min
 #     fig4     many steps on one batch                                    52 h   1 min
