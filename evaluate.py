@@ -764,9 +764,9 @@ def noise_lines(world):
     return lines
 
 
-def over_seeds(world, metric, name):
-    """The values of a checkpoint over the seeds that have it; the base has one."""
-    seeds = world_seeds(world)
+def over_seeds(world, metric, name, seeds=None):
+    """The values of a checkpoint over the seeds (all of them by default) that have it; the base has one."""
+    seeds = seeds or world_seeds(world)
     values = [number(world, seed, metric, name) for seed in (seeds[:1] if name == "base" else seeds)]
     return [value for value in values if value is not None]
 
@@ -853,12 +853,14 @@ def draw_paths(axes, panel, world):
         runs = {seed: run for seed in world_seeds(world) if (run := find_run(world, seed, label))}
         if not runs:
             continue
+        most = max(len(run["path"]) for run in runs.values())
+        runs = {seed: run for seed, run in runs.items() if len(run["path"]) >= most / 2}     # not those of which only the end is known
         steps = [m["step"] for m in next(iter(runs.values()))["metrics"]] if training else [0, *rows_by_step(runs)]
         names = {step: f"{label}@{step}" if step else "base" for step in steps}
         if panel["y"] == "separation":
             names = {step: f"{label}@{step}" for moved in movements(world, label) for step, *_ in moved.get("path", [])}
-        points = [(statistics.fmean(over_seeds(world, "kl", name)) if over_kl and step else step, *mean_se(values))
-                  for step, name in names.items() if (values := over_seeds(world, panel["y"], name))]
+        points = [(statistics.fmean(over_seeds(world, "kl", name, list(runs))) if over_kl and step else step, *mean_se(values))
+                  for step, name in names.items() if (values := over_seeds(world, panel["y"], name, list(runs)))]
         if not points:
             continue
         x, y, se = zip(*((x, mean, se or 0.0) for x, mean, se in points))

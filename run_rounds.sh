@@ -672,7 +672,8 @@ tables() {                            # tables NAME...   every model and seed of
   local list="" model name
   for name in "$@"; do
     for model in $(models "$name"); do
-      case " $list " in *" $model "*) ;; *) list="$list $model" ;; esac
+      case " $list " in *" $model "*) continue ;; esac
+      case $model in short|long) list="$model $list" ;; *) list="$list $model" ;; esac         # or a processor waits for them at the end
     done
   done
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi     # on a small model two jobs of one thread do twice the work of one job of two
