@@ -196,9 +196,10 @@ def evaluate(model, benchmark, args, pool, rank, world):
         if args.base:                                       # reverse KL, on samples of the new policy
             same = checkpoint_fingerprint(args.base) == fingerprint
             kl = 0.0 if same else (logp - score(args.base, folder, **options)).double().mean().item()
-    grading = {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}
-    if rank == 0 and any(grading.values()):
-        print(f"grading {name}: " + ", ".join(f"{k} {v}" for k, v in grading.items()))
+    if rank == 0:                                           # the others need not read the shards again
+        grading = {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}
+        if any(grading.values()):
+            print(f"grading {name}: " + ", ".join(f"{k} {v}" for k, v in grading.items()))
 
     judged = counts = None
     if args.judge_url and rank == 0:
@@ -316,6 +317,11 @@ def read_runs(folder, rows, benchmark):
         else:
             by_seed[seed[1] if seed else "0"] = {"info": info, "metrics": metrics, "path": sorted(path, key=lambda pair: pair[0])}
     return runs
+
+
+def seeds_of(runs):
+    """The seeds that any of the runs of read_runs has, sorted."""
+    return sorted({seed for by_seed in runs.values() for seed in by_seed})
 
 
 def role(label):
@@ -494,7 +500,7 @@ def report(folder, title=""):
     if base_row is None:
         raise InputError(f"{folder}/results.jsonl has no row of the base on {benchmark}: evaluate it with --model B --base B")
     runs = read_runs(folder, rows, benchmark)
-    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    seeds = seeds_of(runs)
     (folder / "figures").mkdir(exist_ok=True)
 
     text = [f"# Extreme Region Policy Distillation: report of {folder.name}{title and f' ({title})'}\n",
@@ -551,7 +557,7 @@ def read_world(folder):
 
 
 def world_seeds(world):
-    return sorted({seed for by_seed in world["runs"][world["scored"][0]].values() for seed in by_seed})
+    return seeds_of(world["runs"][world["scored"][0]])
 
 
 def find_run(world, seed, label):
@@ -612,7 +618,7 @@ def number(world, seed, metric, name, drawn=None):
         return row and row[{"length": "mean_length"}.get(metric, metric)]
     if metric == "separation":                              # of SFT, from evaluate.py --movement
         path = run["info"].get("movement", {}).get("path", []) if run else []
-        return next((right - wrong for at, right, wrong in path if at == step), None)
+        return next((right - wrong for saved, right, wrong in path if saved == step), None)
     if metric in ("prob_pos", "prob_neg", "explained_variance", "train_entropy"):
         values = [m[metric.removeprefix("train_")] for m in at]
         return statistics.fmean(values) if values and None not in values else None
@@ -914,9 +920,8 @@ def draw_panel(axes, panel, world):
 
 def paper_figure(plt, name, spec, worlds, folder):
     """FOLDER/NAME-MODEL.png for every model that has the runs; returns the markdown that shows them."""
-    text, number_of_panels = [], len(spec["panels"])
-    wide = {1: 1, 4: 2}.get(number_of_panels, number_of_panels)
-    high = number_of_panels // wide
+    text, count = [], len(spec["panels"])
+    high, wide = (2, 2) if count == 4 else (1, count)       # four in a row are too small to read
     for world in worlds:
         figure, panels = plt.subplots(high, wide, figsize=(4.8 * wide if wide > 1 else 8, 3.6 * high + 0.4), squeeze=False)
         if any([draw_panel(axes, panel, world) for axes, panel in zip(panels.flat, spec["panels"])]):
