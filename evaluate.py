@@ -6,6 +6,7 @@ Measure a policy: AVG@K with its standard error, and the reverse KL to the base 
 
     python evaluate.py --model runs/student/final --base M --data hmmt=hmmt.jsonl:32 --out runs/results.jsonl
     python evaluate.py --pick hmmt --model A B C --out runs/results.jsonl    # the most accurate of evaluated checkpoints
+    python evaluate.py --missing --model A B --data hmmt=hmmt.jsonl:32 --out runs/results.jsonl    # those without a row yet
     python evaluate.py --movement runs/student   # which tokens a student moved, against its teacher (Fig. 7)
     python evaluate.py --report runs/tables/all --tables table1 fig6   # of the paper, beside its numbers, with its claims decided
     python evaluate.py --report runs/demo        # runs/demo/report.md and figures/*.png, from what the runs wrote
@@ -34,7 +35,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from rollout import (InputError, RunError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
+from rollout import (ASK_FOR_BOX, InputError, RunError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
                      load_shards, load_tokenizer, one_line, read_json, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint,
                      write_atomic, write_json, writing)
 from rollout import parse_args as parse_rollout_args
@@ -94,6 +95,12 @@ def parse_benchmark(text, default_k):
     return match[1], match[2], int(match[3] or default_k)
 
 
+def problems_hash(file, num_problems=0):
+    """Hash of what a row was measured on: the problem file, and how many of its problems if not all."""
+    content = Path(file).read_bytes() if Path(file).is_file() else file.encode()
+    return hashlib.sha256(content + (f"{num_problems} problems".encode() if num_problems else b"")).hexdigest()
+
+
 def default_top_k(model):
     """top-k of the checkpoint's generation config: sampling parameters that are not given are the model's (Sec. 4.1)."""
     path = resolve_checkpoint(model) / "generation_config.json"
@@ -127,6 +134,16 @@ def ask_judge(url, model, question, timeout=120.0, tries=3, wait=2.0):
             time.sleep(wait * attempt)
     words = re.findall(r"\b(yes|no)\b", str(text), re.IGNORECASE)
     return words[-1].lower() == "yes" if words else None
+
+
+def check_judge(args):
+    """Ask the judge whether 2 is 2: one that does not answer shows before hours of sampling, not after."""
+    question = JUDGE_PROMPT.format(problem="What is 1 + 1?", gold="2", answer="2")
+    try:
+        if ask_judge(args.judge_url, args.judge_model, question, args.judge_timeout) is not True:
+            print(f"judge {args.judge_model}: does not say YES to the same answer twice; is it the right model?")
+    except OSError as error:
+        raise RunError(f"the judge answers nothing: {error}") from error
 
 
 def judge(args, problems, responses, indices, wrong, path):
@@ -171,7 +188,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     top_k = default_top_k(model) if args.top_k is None else args.top_k
     wanted = {"model": str(model), "model_fingerprint": fingerprint, "base": args.base, "benchmark": name, "k": k, "top_k": top_k,
               **{key: getattr(args, key) for key in ("temperature", "top_p", "max_tokens", "seed", "prompt_suffix", "judge_model", "task")},
-              "problems_sha256": hashlib.sha256(Path(file).read_bytes() if Path(file).is_file() else file.encode()).hexdigest()}
+              "problems_sha256": problems_hash(file, args.num_problems)}
     if any(all(row.get(key, {"task": "math"}.get(key)) == value for key, value in wanted.items()) for row in read_results(args.out)):
         return None
 
@@ -179,7 +196,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     settings = hashlib.sha256(json.dumps([file, sampling], default=str).encode()).hexdigest()[:8]
     folder = args.out.parent / "samples" / name / f"{fingerprint[:16]}-{settings}"
     rollout_args = parse_rollout_args([
-        "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", "0", "--n", str(k), "--top-k", str(top_k),
+        "--model", str(model), "--prompts", file, "--out", str(folder), "--num-prompts", str(args.num_problems), "-n", str(k), "--top-k", str(top_k),
         *(x for key in ("temperature", "top_p", "max_tokens", "seed", "engine", "tensor_parallel", "shard_prompts", "prompt_suffix", "workers", "task", "grade_timeout")
           for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))),
         *(["--trust-remote-code"] if args.trust_remote_code else []), *(["--unsafe-code"] if args.unsafe_code else [])])
@@ -221,12 +238,24 @@ def evaluate(model, benchmark, args, pool, rank, world):
                                                    meta["engine"]: meta["engine_version"]}, "seconds": time.time() - start}
 
 
-def pick(path, benchmark, models, margin=0.0):
-    """The most accurate of `models` by their rows in results.jsonl; the first, unless another leads it by `margin` standard errors."""
+def without_row(path, benchmarks, models, judge_model=None):
+    """Those of `models` that results.jsonl has no row of for one of the benchmarks (or none with this judge)."""
+    rows = {(row["model"], row["benchmark"]) for row in read_results(path) if judge_model in (None, row.get("judge_model"))}
+    return [model for model in dict.fromkeys(models) if any((model, name) not in rows for name, *_ in benchmarks)]
+
+
+def pick(path, benchmark, models, margin=0.0, nearest_kl=None):
+    """The most accurate of `models` by their rows in results.jsonl; the first, unless another leads it by `margin` standard errors.
+
+    nearest_kl: instead the one whose KL is nearest this share of the last one's (Table 2 goes on from a teacher at half the KL).
+    """
     rows = {row["model"]: row for row in read_results(path) if row["benchmark"] == benchmark}
     missing = [model for model in models if model not in rows]
     if missing:
         raise InputError(f"{path} has no row of {', '.join(missing)} on {benchmark}: evaluate it first")
+    if nearest_kl is not None:
+        goal = nearest_kl * rows[models[-1]]["kl"]
+        return min(models, key=lambda model: abs(rows[model]["kl"] - goal))
     first, best = rows[models[0]], max((rows[model] for model in models), key=lambda row: row["avg_at_k"])
     clear = best["avg_at_k"] - first["avg_at_k"] > margin * math.hypot(best["se"], first["se"])
     return best["model"] if clear else models[0]
@@ -537,46 +566,78 @@ def report(folder, title=""):
 
 # ---- the paper's tables, figures and claims (tests/paper.json), from runs/MODEL/seedN ------------------------------------
 
+PAPER = Path(__file__).parent / "tests" / "paper" / "paper.json"
+
+
 def read_world(folder):
     """All runs of one model: dict(name, rollouts: 'prompts x responses', scored: benchmarks, kl: the one that KL is read from,
-    seconds: {rollouts' path: seconds}, selection: benchmark of @best, base: {benchmark: row}, runs: {benchmark: read_runs})."""
-    rows = read_results(folder / "results.jsonl")
+    seconds: {rollouts' path: seconds}, selection: benchmark of @best, base: {benchmark: row}, runs: {benchmark: read_runs},
+    rehearsal: whether its rollouts were sampled with --rehearse)."""
+    rows, paper = read_results(folder / "results.jsonl"), json.loads(PAPER.read_text())
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     base = {row["benchmark"]: row for row in rows if row["model"] == row["base"]}
     scored = [b for b in benchmarks if b in base and b != "kl" and (b != "validation" or len(base) == 1)]
-    seconds, rollouts = {}, "-"
+    known = {b for table in paper["tables"].values() for names in (table.get("benchmarks", []), *table.get("benchmarks_of", {}).values()) for b in names}
+    seconds, rollouts, rehearsal = {}, "-", False
     for file in folder.glob("seed*/**/rollouts.json"):
-        made = json.loads(file.read_text())["summary"]
+        kept = json.loads(file.read_text())
+        made, rehearsal = kept["summary"], rehearsal or bool(kept.get("meta", {}).get("rehearsal"))
         if file.parent.name == "rollouts" and file.parent.parent.parent == folder:
             rollouts = f"{made['prompts']:,} x {made['responses'] // made['prompts']}"
-        seconds[file.parent.relative_to(folder).as_posix()] = made["responses"] * made["mean_length"] / made["tok_per_s"]
-    return {"name": folder.name, "rollouts": rollouts, "scored": scored, "kl": "kl" if "kl" in benchmarks else scored[0], "seconds": seconds,
-            "selection": "validation" if "validation" in benchmarks else benchmarks[0],
-            "base": base,
-            "runs": {b: read_runs(folder, rows, b) for b in benchmarks}}
+        if made["tok_per_s"]:
+            seconds[file.parent.relative_to(folder).as_posix()] = made["responses"] * made["mean_length"] / made["tok_per_s"]
+    selection = next((b for b in ("validation", paper["selection"]) if b in benchmarks), scored[0] if scored else None)
+    return {"name": folder.name, "rollouts": rollouts, "scored": scored, "kl": "kl" if "kl" in benchmarks else scored[0] if scored else None,
+            "own": [b for b in scored if b not in known | {paper["selection"]}], "seconds": seconds, "rehearsal": rehearsal,
+            "selection": selection, "base": base, "runs": {b: read_runs(folder, rows, b) for b in benchmarks}}
+
+
+def benchmarks_of(spec, world):
+    """The benchmarks whose mean a table, figure or claim reads: those of the paper, measured or not; where a model was measured on
+    benchmarks of its own only, as the demonstration world is, those."""
+    paper = next((names for model, names in spec.get("benchmarks_of", {}).items() if world["name"].endswith(model)),
+                 spec.get("benchmarks", [json.loads(PAPER.read_text())["selection"]]))
+    return world["own"] if world["own"] and not set(paper) & set(world["scored"]) else paper
 
 
 def world_seeds(world):
-    return seeds_of(world["runs"][world["scored"][0]])
+    return seeds_of(next(iter(world["runs"].values())))
 
 
 def find_run(world, seed, label):
-    return world["runs"][world["scored"][0]].get(label, {}).get(seed)
+    return next(iter(world["runs"].values())).get(label, {}).get(seed)
+
+
+def paths_of(world, seed, label):
+    """{benchmark: {step: row}} of a run."""
+    return {b: dict(runs[label][seed]["path"]) for b, runs in world["runs"].items()}
+
+
+def measured_steps(world, seed, label, over):
+    """Steps of a run with a row on each of the benchmarks `over`."""
+    paths = paths_of(world, seed, label)
+    return sorted(set.intersection(*(set(paths.get(b, {})) for b in over)))
 
 
 def checkpoint(world, seed, name):
-    """(run, step, rows by benchmark) of RUN, RUN@STEP, RUN@PERCENT%, RUN@best or base, as tests/paper.json names them; None: not there."""
+    """(run, step, rows by benchmark) of RUN, RUN@STEP, RUN@best, RUN@start or base, as paper.json names them; None: not there."""
     label, _, which = name.partition("@")
     if label == "base":
         return None, 0, world["base"]
     run = find_run(world, seed, label)
     if run is None or not run["metrics"]:
         return None
-    step, paths = run["metrics"][-1]["step"], {b: dict(runs[label][seed]["path"]) for b, runs in world["runs"].items()}
+    steps, paths = [m["step"] for m in run["metrics"]], paths_of(world, seed, label)
+    step = steps[-1]
+    if which == "start":
+        parent = re.search(r"/seed\w+?/(.+)/(final|step-(\d+))$", run["info"]["args"]["model"])
+        return checkpoint(world, seed, parent[1] + (f"@{int(parent[3])}" if parent[3] else "")) if parent else checkpoint(world, seed, "base")
     if which == "best":                                     # the earliest of equals
-        step = max(paths[world["selection"]].items(), key=lambda pair: (pair[1]["avg_at_k"], -pair[0]), default=(step, None))[0]
+        step = max(paths.get(world["selection"], {}).items(), key=lambda pair: (pair[1]["avg_at_k"], -pair[0]), default=(step, None))[0]
     elif which:
-        step = round(step * int(which[:-1]) / 100) if which.endswith("%") else int(which)
+        step = int(which)
+        if world["rehearsal"] and step not in steps:        # every earlier checkpoint of a rehearsal is its step 1
+            step = 1
     return run, step, {b: path[step] for b, path in paths.items() if step in path}
 
 
@@ -587,34 +648,40 @@ def seconds_until(world, seed, label, step):
     teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", run["info"]["args"].get("teacher", ""))
     if teacher and (source := find_run(world, seed, teacher[1])):
         return own + seconds_until(world, seed, teacher[1], source["metrics"][-1]["step"])
-    updates = [f"seed{seed}/{label}/rollouts{n:03d}" for n in range(1, step + 1)]                     # on-policy: one set per step
+    online = {int(found[1]): seconds for path, seconds in world["seconds"].items()                  # on-policy: one set per step
+              if (found := re.fullmatch(rf"seed{seed}/{re.escape(label)}/rollouts(\d+)", path))}
+    if online:
+        return own + sum(seconds for number, seconds in online.items() if number <= step)
     first = re.search(r"(seed\w+/.+)$", run["info"]["args"]["rollouts"])
-    return own + sum(world["seconds"].get(path, 0.0) for path in (updates if updates[0] in world["seconds"] else [first and first[1]]))
+    return own + world["seconds"].get(first and first[1], 0.0)
 
 
-def accuracy(world, rows, drawn=None):
-    """AVG@K, the mean over benchmarks; with `drawn` {benchmark: weights of the problems [D, n]} one value per draw [D]."""
-    rows = [rows[b] for b in world["scored"] if b in rows]
-    if not rows:
+def accuracy(rows, over, drawn=None, key="avg_at_k"):
+    """AVG@K, the mean over the benchmarks `over`, None if one was not measured; with `drawn` {benchmark: weights of the problems
+    [D, n]} one value per draw [D]. key: avg_at_k_judge where the paper used a judge."""
+    if not over or any(b not in rows for b in over):
         return None
     if drawn is None:
-        return statistics.fmean(row["avg_at_k"] for row in rows)
-    scores = [torch.tensor(row["correct_per_problem"], dtype=torch.float64) / row["k"] for row in rows]
-    return sum(drawn[row["benchmark"]] @ score for row, score in zip(rows, scores)) / len(rows)
+        return statistics.fmean(rows[b][key] for b in over)
+    scores = [torch.tensor(rows[b]["correct_per_problem"], dtype=torch.float64) / rows[b]["k"] for b in over]
+    return sum(drawn[b] @ score for b, score in zip(over, scores)) / len(over)
 
 
-def number(world, seed, metric, name, drawn=None):
-    """One number of one checkpoint; None where it was not measured. Only accuracies depend on `drawn`."""
+def number(world, seed, metric, name, over, drawn=None, key="avg_at_k"):
+    """One number of one checkpoint; None where it was not measured. Only accuracies depend on `drawn`; `over`: their benchmarks.
+
+    METRIC@BENCHMARK is read on that benchmark (on its own where the world has only benchmarks of its own).
+    """
     found = checkpoint(world, seed, name)
     if found is None:
         return None
     run, step, rows = found
-    label = name.partition("@")[0]
+    label, (metric, _, on) = name.partition("@")[0], metric.partition("@")
     at = [m for m in (run["metrics"] if run else []) if step - 5 < m["step"] <= step]                 # 5 steps: less noise
     if metric == "accuracy":
-        return accuracy(world, rows, drawn)
+        return accuracy(rows, over, drawn, key)
     if metric in ("kl", "entropy", "length"):
-        row = rows.get(world["kl"] if metric == "kl" else world["scored"][0])
+        row = rows.get(world["kl"] if metric == "kl" else on if on in world["scored"] else world["own"][0] if world["own"] else over[0])
         return row and row[{"length": "mean_length"}.get(metric, metric)]
     if metric == "separation":                              # of SFT, from evaluate.py --movement
         path = run["info"].get("movement", {}).get("path", []) if run else []
@@ -638,9 +705,9 @@ def number(world, seed, metric, name, drawn=None):
     if metric == "rest_of_time":
         return 1 - sum(m["seconds"] for m in run["metrics"] if m["step"] <= step) / total
     if metric == "gain_per_hour":
-        mine = accuracy(world, rows, drawn)
-        return None if mine is None else (mine - accuracy(world, world["base"], drawn)) * 3600 / total
-    raise ValueError(f"tests/paper.json asks for '{metric}', which evaluate.py does not know")
+        mine = accuracy(rows, over, drawn)
+        return None if mine is None else (mine - accuracy(world["base"], over, drawn)) * 3600 / total
+    raise ValueError(f"paper.json asks for '{metric}', which evaluate.py does not know")
 
 
 def accuracy_within(points, kl):
@@ -652,14 +719,14 @@ def accuracy_within(points, kl):
     return max(found, default=None)
 
 
-def ahead(world, seed, student, rivals, drawn, last_only):
+def ahead(world, seed, student, rivals, over, drawn, last_only):
     """The student's accuracy minus the best that a rival's path has within the student's KL, per draw [D]; rivals start at the base."""
-    kl, mine = number(world, seed, "kl", student), number(world, seed, "accuracy", student, drawn)
+    kl, mine = number(world, seed, "kl", student, over), number(world, seed, "accuracy", student, over, drawn)
     paths = []
     for label in rivals:
-        steps = [step for step, _ in (find_run(world, seed, label) or {"path": []})["path"]][-1 if last_only else 0:]
+        steps = measured_steps(world, seed, label, over)[-1 if last_only else 0:] if find_run(world, seed, label) else []
         names = ["base", *(f"{label}@{step}" for step in steps)]
-        paths.append([(number(world, seed, "kl", name), number(world, seed, "accuracy", name, drawn)) for name in names])
+        paths.append([(number(world, seed, "kl", name, over), number(world, seed, "accuracy", name, over, drawn)) for name in names])
     if kl is None or mine is None or not all(len(path) > 1 and all(k is not None for k, _ in path) for path in paths):
         return None
     best = []
@@ -669,14 +736,14 @@ def ahead(world, seed, student, rivals, drawn, last_only):
     return mine - torch.tensor(best, dtype=torch.float64)
 
 
-def test_value(world, seed, test, drawn):
+def test_value(world, seed, test, over, drawn):
     """What a test of a claim says should be above 0, for one seed, per draw [D]; None if a run is missing."""
     plus, minus, metric = test["plus"], test["minus"], test["metric"]
     draws = len(next(iter(drawn.values())))
     if metric in ("ahead", "ahead_of_last"):
-        return ahead(world, seed, plus[0], minus, drawn, metric == "ahead_of_last")
+        return ahead(world, seed, plus[0], minus, over, drawn, metric == "ahead_of_last")
     of = "accuracy" if metric in ("spread", "gain_with_length") else metric
-    values = [number(world, seed, of, name, drawn) for name in plus + minus]
+    values = [number(world, seed, of, name, over, drawn) for name in plus + minus]
     if any(value is None or isinstance(value, float) and math.isnan(value) for value in values):
         return None
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(draws) for value in values])
@@ -721,16 +788,23 @@ def draw_problems(world, generator):
     return drawn
 
 
-def decide(claim, worlds):
-    """(verdict, [(test, where, number of seeds, mean, low, high)]): holds where all tests hold, in every model that has their runs."""
+def decide(claim, worlds, paper):
+    """(verdict, [(test, where, number of seeds, mean, low, high)]): holds where all tests hold, in every model that has their runs.
+
+    Accuracies are read on the benchmarks of the first of the claim's tables or figures that a model was measured on completely.
+    """
     lines = []
     for test in claim["tests"]:
         generator, slopes = torch.Generator().manual_seed(0), []
         for world in worlds:
+            sets = [benchmarks_of(paper["tables"].get(name) or paper["figures"][name], world) for name in claim["where"]]
+            over = next((names for names in sets if set(names) <= set(world["scored"])), None)
+            if not over:
+                continue
             drawn = draw_problems(world, generator)
-            per_seed = [value for seed in world_seeds(world) if (value := test_value(world, seed, test, drawn)) is not None]
+            per_seed = [value for seed in world_seeds(world) if (value := test_value(world, seed, test, over, drawn)) is not None]
             if per_seed and test["metric"] == "gain_with_length":
-                slopes.append((world["base"][world["scored"][0]]["mean_length"], torch.stack(per_seed)))
+                slopes.append((world["base"][over[0]]["mean_length"], torch.stack(per_seed)))
             elif per_seed:
                 lines.append((test, world["name"], len(per_seed), *bootstrap(torch.stack(per_seed), generator)))
         if len(slopes) > 1:                                 # accuracy gained per unit of log length, least squares over models
@@ -770,25 +844,62 @@ def noise_lines(world):
     return lines
 
 
-def over_seeds(world, metric, name, seeds=None):
+def over_seeds(world, metric, name, over, seeds=None, key="avg_at_k"):
     """The values of a checkpoint over the seeds (all of them by default) that have it; the base has one."""
     seeds = seeds or world_seeds(world)
-    values = [number(world, seed, metric, name) for seed in (seeds[:1] if name == "base" else seeds)]
+    values = [number(world, seed, metric, name, over, key=key) for seed in (seeds[:1] if name == "base" else seeds)]
     return [value for value in values if value is not None]
 
 
+COLUMNS = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)", "length": "length (tokens)", "hours": "hours so far"}
+DIGITS = {"kl": 4, "hours": 4, "length": 1}
+
+
+def our_columns(spec, world):
+    """[(header, metric, benchmarks, key)] of a table: a column per benchmark and their mean, then the other metrics."""
+    over = benchmarks_of(spec, world)
+    names = [name for _, name, *_ in spec["rows"]]
+    rows = [found[2][b] for seed in world_seeds(world) for name in names if (found := checkpoint(world, seed, name)) for b in over if b in found[2]]
+    judged = spec.get("judge") and rows and all(row.get("avg_at_k_judge") is not None for row in rows)
+    columns = []
+    for metric in spec["metrics"]:
+        kind, _, on = metric.partition("@")
+        if kind == "accuracy":
+            sets = [[b] for b in [*over, *(b for b in world["own"] if b not in over)]] + ([over] if len(over) > 1 else [])
+            label = COLUMNS[kind] + (" with the judge" if judged else "")
+            columns += [(f"{label}, {names[0] if len(names) == 1 else 'mean'}", metric, names, "avg_at_k_judge" if judged else "avg_at_k") for names in sets]
+        else:
+            columns.append((COLUMNS[kind] + (f", {on}" if on in world["scored"] else ""), metric, over, "avg_at_k"))
+    return columns
+
+
+def paper_columns(spec, world):
+    """[(header, model, position)] of the paper's numbers: those of this model; for a model that is not the paper's, of all models.
+    Its benchmarks one by one only where this model was measured on them."""
+    models = list(dict.fromkeys(model for _, _, *numbers in spec["rows"] for model in (numbers[0] if numbers else {})))
+    mine = max((model for model in models if model in world["name"]), key=len, default=None)
+    shown = []
+    for model in [mine] if mine else models:
+        labels = next((labels for suffix, labels in spec.get("columns_of", {}).items() if model.endswith(suffix)), spec["columns"])
+        alone = [i for i, label in enumerate(labels) if label not in spec.get("benchmarks", [])] or list(range(len(labels)))
+        shown += [(f"paper, {model}: {labels[i]}", model, i) for i in (range(len(labels)) if set(labels) & set(world["scored"]) else alone)]
+    return shown
+
+
 def paper_table(spec, worlds):
-    """A table of the paper as markdown: what the runs gave, model by model, and the paper's numbers to the right."""
-    metrics = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)", "length": "length (tokens)",
-               "hours": "hours so far"}
-    digits = {"kl": 4, "hours": 4, "length": 1}
-    shown = [world for world in worlds if any(over_seeds(world, "accuracy", name) for _, name, *_ in spec["rows"][1:])]
-    several = len(shown) > 1
-    header = ["", *(f"{world['name']}: {metrics[m]}" if several else metrics[m] for world in shown for m in spec["metrics"]),
-              *(f"paper: {column}" for column in spec["columns"])]
-    lines = [[label, *(cell(over_seeds(world, m, name), digits.get(m, 3)) for world in shown for m in spec["metrics"]), *map(str, numbers)]
-             for label, name, *numbers in spec["rows"]]
-    return markdown_table(header, lines)
+    """A table of the paper as markdown, one per model: what the runs gave, and the paper's numbers to the right."""
+    text = []
+    for world in worlds:
+        ours, theirs = our_columns(spec, world), paper_columns(spec, world)
+        lines, found = [], False
+        for label, name, *numbers in spec["rows"]:
+            cells = [cell(over_seeds(world, metric, name, over, key=key), DIGITS.get(metric.partition("@")[0], 3)) for _, metric, over, key in ours]
+            found |= name != "base" and any(text != "-" for text in cells)
+            given = numbers[0] if numbers else {}
+            lines.append([label, *cells, *(given[model][i] if model in given and i < len(given[model]) else "" for _, model, i in theirs)])
+        if found:
+            text.append(f"{world['name']}:\n\n" + markdown_table(["", *(header for header, *_ in ours), *(header for header, *_ in theirs)], lines))
+    return "\n".join(text)
 
 
 METHODS = {"base": "#444444", "ce": "#1f77b4", "ce-1e2": "#e0a030", "ce-1e2-live": "#b03a48", "ce-kl": "#8a8a8a",
@@ -803,7 +914,7 @@ def settings_table(worlds):
     """The flags of every run, from the run.json of its first seed in the first model that has it."""
     lines = {}
     for world in worlds:
-        for label, by_seed in world["runs"][world["scored"][0]].items():
+        for label, by_seed in next(iter(world["runs"].values())).items():
             run = next(iter(by_seed.values()))
             args = run["info"]["args"]
             policies = ["model"] if "loss" in args else ["student", "teacher", "denominator"]
@@ -829,7 +940,7 @@ def movements(world, label):
     return [run["info"]["movement"] for run in runs if "movement" in run["info"]]
 
 
-def draw_movement(axes, panel, world):
+def draw_movement(axes, panel, world, over):
     """How far the student's log-probs moved for tokens that the teacher moved this far (Fig. 7b), first seed."""
     drawn = [(label, moved[0]) for label in panel["runs"] if (moved := movements(world, label))]
     for label, moved in drawn:
@@ -840,7 +951,7 @@ def draw_movement(axes, panel, world):
     return bool(drawn)
 
 
-def draw_histogram(axes, panel, world):
+def draw_histogram(axes, panel, world, over):
     """Probabilities, or values, of tokens of right and wrong responses (Fig. 10), all seeds together."""
     label, = panel["runs"]
     moved = movements(world, label)
@@ -852,21 +963,22 @@ def draw_histogram(axes, panel, world):
     return bool(moved)
 
 
-def draw_paths(axes, panel, world):
+def draw_paths(axes, panel, world, over):
     """One quantity of several runs over their steps or the KL: evaluated checkpoints with error bars, or all training steps with a band."""
     drawn, training, over_kl = False, panel["y"] not in ("accuracy", "kl", "separation"), panel.get("x") == "kl"
     for label in panel["runs"]:
         runs = {seed: run for seed in world_seeds(world) if (run := find_run(world, seed, label))}
         if not runs:
             continue
-        most = max(len(run["path"]) for run in runs.values())
-        runs = {seed: run for seed, run in runs.items() if len(run["path"]) >= most / 2}     # not those of which only the end is known
-        steps = [m["step"] for m in next(iter(runs.values()))["metrics"]] if training else [0, *rows_by_step(runs)]
+        measured = {seed: measured_steps(world, seed, label, over) for seed in runs}
+        most = max(map(len, measured.values()))
+        runs = {seed: run for seed, run in runs.items() if len(measured[seed]) >= most / 2}         # not those of which only the end is known
+        steps = [m["step"] for m in next(iter(runs.values()))["metrics"]] if training else [0, *sorted(set.intersection(*(set(measured[s]) for s in runs)))]
         names = {step: f"{label}@{step}" if step else "base" for step in steps}
         if panel["y"] == "separation":
             names = {step: f"{label}@{step}" for moved in movements(world, label) for step, *_ in moved.get("path", [])}
-        points = [(statistics.fmean(over_seeds(world, "kl", name, list(runs))) if over_kl and step else step, *mean_se(values))
-                  for step, name in names.items() if (values := over_seeds(world, panel["y"], name, list(runs)))]
+        points = [(statistics.fmean(over_seeds(world, "kl", name, over, list(runs))) if over_kl and step else step, *mean_se(values))
+                  for step, name in names.items() if (values := over_seeds(world, panel["y"], name, over, list(runs)))]
         if not points:
             continue
         x, y, se = zip(*((x, mean, se or 0.0) for x, mean, se in points))
@@ -881,16 +993,16 @@ def draw_paths(axes, panel, world):
     axes.set(xlabel=AXES["kl"] if over_kl else "optimizer step", ylabel=AXES[panel["y"]])
     if not over_kl:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if panel["y"] == "accuracy":
-        axes.axhline(accuracy(world, world["base"]), color=METHODS["base"], linestyle=":", label="base")
+    if panel["y"] == "accuracy" and drawn:
+        axes.axhline(accuracy(world["base"], over), color=METHODS["base"], linestyle=":", label="base")
     return drawn
 
 
-def draw_chains(axes, panel, world):
+def draw_chains(axes, panel, world, over):
     """Accuracy of checkpoints that follow one another (Fig. 8)."""
     drawn, named = False, set()
     for label, chain in panel["chains"].items():
-        values = [over_seeds(world, "accuracy", name) for name in chain]
+        values = [over_seeds(world, "accuracy", name, over) for name in chain]
         if not all(values):
             continue
         means, drawn = [mean_se(v) for v in values], True
@@ -908,10 +1020,10 @@ def draw_chains(axes, panel, world):
     return drawn
 
 
-def draw_panel(axes, panel, world):
+def draw_panel(axes, panel, world, over):
     """One panel of a figure of the paper; False if no run has what it shows."""
     draw = {"movement": draw_movement, "histogram": draw_histogram, "chains": draw_chains}.get(panel.get("kind"), draw_paths)
-    drawn = draw(axes, panel, world)
+    drawn = draw(axes, panel, world, over)
     axes.grid(alpha=0.25)
     if drawn:
         axes.legend(fontsize=7)
@@ -924,7 +1036,8 @@ def paper_figure(plt, name, spec, worlds, folder):
     high, wide = (2, 2) if count == 4 else (1, count)       # four in a row are too small to read
     for world in worlds:
         figure, panels = plt.subplots(high, wide, figsize=(4.8 * wide if wide > 1 else 8, 3.6 * high + 0.4), squeeze=False)
-        if any([draw_panel(axes, panel, world) for axes, panel in zip(panels.flat, spec["panels"])]):
+        over = benchmarks_of(spec, world)
+        if any([draw_panel(axes, panel, world, over) for axes, panel in zip(panels.flat, spec["panels"])]):
             figure.tight_layout()
             figure.savefig(folder / f"{name}-{world['name']}.png", dpi=100)
             text.append(f"![{spec['title']}, {world['name']}](figures/{name}-{world['name']}.png)\n")
@@ -937,7 +1050,7 @@ def report_tables(folder, names, runs, title=""):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    paper = json.loads((Path(__file__).parent / "tests" / "paper.json").read_text())
+    paper = json.loads(PAPER.read_text())
     worlds = [world for path in sorted(Path(runs).glob("*/results.jsonl")) if (world := read_world(path.parent))["base"]]
     if not worlds:
         raise InputError(f"{runs} has no MODEL/results.jsonl with a row of its base: ./run_rounds.sh tableN makes them")
@@ -945,20 +1058,23 @@ def report_tables(folder, names, runs, title=""):
         raise InputError(f"--tables {' '.join(unknown)}: the paper has {' '.join([*paper['tables'], *paper['figures']])}")
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     claims = [claim for claim in paper["claims"] if set(claim["where"]) & set(names)]
-    decided = {claim["number"]: decide(claim, worlds) for claim in tqdm(claims, desc="claims", leave=False)}
+    decided = {claim["number"]: decide(claim, worlds, paper) for claim in tqdm(claims, desc="claims", leave=False)}
     noise, summary = [line for world in worlds for line in noise_lines(world)], []
     for claim in claims:
         answer, tests = decided[claim["number"]]
         numbers = "; ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for *_, mean, low, high in tests)
         summary.append([claim["number"], claim["text"], answer, numbers])
-    text = [f"# Tables and figures of arXiv 2605.25582{title and f' ({title})'}\n",
+    rehearsed = [world["name"] for world in worlds if world["rehearsal"]]
+    first = f"**REHEARSAL of {', '.join(rehearsed)}: a few prompts, tokens and steps, with made-up rewards. Its numbers mean nothing.**\n\n" if rehearsed else ""
+    text = [f"{first}# Tables and figures of arXiv 2605.25582{title and f' ({title})'}\n",
             "Columns that start with *paper* and captions that say so hold the paper's numbers, of its own models and benchmarks: "
             "compare order and direction, not values. Everything else was measured here; ± is the standard error over seeds. KL is the "
             "reverse KL to the base, on the policy's own samples.\n",
             "A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where one lies below "
             f"0 with all of it, and is **undecided** otherwise: {DRAWS} bootstrap draws of seeds and problems. KL, entropy, length, time "
             "and probabilities vary over seeds only; two or three seeds make a rough interval. `RUN@best` is the checkpoint that is best on the "
-            "validation benchmark. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
+            f"selection benchmark, `validation` on the demonstration world and `{paper['selection']}` elsewhere (Sec. 4.1). A benchmark that a checkpoint "
+            "was not measured on is -, and so is the mean. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.\n",
             markdown_table(["model", "prompts x responses", "benchmark", "problems x samples", "seeds", "AVG@K of a checkpoint: s.e. from sampling",
                             "s.e. over seeds (median)"], noise),
             "## Claims\n", markdown_table(["claim", "", "verdict", "decided by"], summary)]
@@ -985,6 +1101,8 @@ def parse_args(argv=None):
     arg("--title", default="", help="with --report: what the results are of")
     arg("--movement", nargs="+", type=Path, metavar="RUN", help="runs of distill.py: which tokens moved (Fig. 7), into their run.json")
     arg("--pick", metavar="BENCHMARK", help="print the best of --model by the rows in --out; measure nothing")
+    arg("--nearest-kl", type=float, metavar="SHARE", help="with --pick: the one whose KL is nearest this share of the last one's (Table 2: 0.5)")
+    arg("--missing", action="store_true", help="print those of --model without a row in --out for one of --data; measure nothing")
     arg("--margin", type=float, default=0.0, help="with --pick: keep the first unless another leads by so many standard errors")
     # What is measured
     arg("--model", nargs="+", help="checkpoints to evaluate, one after the other")
@@ -997,7 +1115,9 @@ def parse_args(argv=None):
     arg("--top-p", type=float, default=0.95, help="Sec. 4.1; below 1 the KL is biased, so measure it with --top-p 1 --top-k -1")
     arg("--top-k", type=int, help="default: the checkpoint's generation config, -1 for all tokens")
     arg("--max-tokens", type=int, default=81920, help="Sec. 4.1: 81,920 Qwen3-4B, 65,536 NBG4-3B, 192,000 Qwen3.5")
-    arg("--prompt-suffix", default="", help="text added to every problem, such as an instruction to box the answer")
+    arg("--num-problems", type=int, default=0, help="a random N of the problems of each benchmark by --seed, 0 for all")
+    arg("--prompt-suffix", default="", help="text added to every problem")
+    arg("--ask-for-box", dest="prompt_suffix", action="store_const", const=ASK_FOR_BOX, help="ask for a boxed answer in problems that do not")
     arg("--seed", type=int, default=0)
     # Engine
     arg("--engine", choices=["auto", "vllm", "hf"], default="auto", help="auto: vLLM on a GPU, else transformers")
@@ -1033,12 +1153,14 @@ def main():
             raise InputError(f"{args.report} is not a folder: give the one that holds results.jsonl")
         return report(args.report, args.title)
     if args.pick:
-        return print(pick(args.out, args.pick, args.model, args.margin))
+        return print(pick(args.out, args.pick, args.model, args.margin, args.nearest_kl))
     if args.movement:
         for run in args.movement:
             add_movement(run)
         return None
     benchmarks = [parse_benchmark(text, args.k) for text in args.data]
+    if args.missing:
+        return print(" ".join(without_row(args.out, benchmarks, args.model, args.judge_model)))
     for _, file, _ in benchmarks:
         load_prompts(file)                                  # a wrong path stops before any model is loaded
     policies = [*args.model, args.base] if args.base else args.model
@@ -1050,6 +1172,8 @@ def main():
     vocabularies = {tokenizer_fingerprint(load_tokenizer(policy, args.trust_remote_code)) for policy in policies}
     if args.base and len(vocabularies) > 1:
         raise InputError("--model and --base have different tokenizers, so there is no KL between them: leave out --base")
+    if args.judge_url and os.environ.get("RANK", "0") == "0":
+        check_judge(args)
     rank, world, _ = setup_ddp()
     if args.shard and world == 1:
         raise InputError("--shard splits a model over several processes: start it with torchrun --nproc-per-node 2 or more")

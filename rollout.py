@@ -55,6 +55,7 @@ SHARD_VERSION = 1
 MAX_PROMPT = 1_000_000                                      # characters: a file that went wrong, not a problem
 PROMPT_FIELDS = ("problem", "question", "prompt", "Problem", "question_content")
 NO_ANSWER = ("", "nan", "inf", "-inf")                       # texts of values that nothing can be graded against
+ASK_FOR_BOX = "\n\nPut your final answer within \\boxed{}."    # of MathArena's instructions, whose tools the paper uses (Sec. 4.1)
 ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth", "input_output")
 
 
@@ -319,21 +320,34 @@ def derive_seed(*parts):
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------
 
+def read_hub(path):
+    """read_rows of a hub data set: OWNER/NAME, with a configuration and a split OWNER/NAME:CONFIGURATION[SPLIT] (either may be left out).
+
+    Without a split: train, else test, else the first.
+    """
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:\[([\w.-]+)\])?", str(path))
+    is_file_name = Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet")
+    if Path(path).exists() or is_file_name or not hub:
+        raise InputError(f"prompt file {path} does not exist or is not a file: "
+                         f"give .jsonl, .json, .csv, .parquet or a hub name such as openai/gsm8k:main[test]")
+    name, configuration, split = hub.groups()
+    import datasets
+    try:
+        splits = datasets.load_dataset(name, configuration)
+    except Exception as error:                              # offline, misspelt, a configuration is missing: its message says which there are
+        raise InputError(f"{path} is neither a file nor a hub data set that can be fetched "
+                         f"({type(error).__name__}: {one_line(error)[:200]})") from error
+    if split and split not in splits:
+        raise InputError(f"{path}: {name} has the splits {', '.join(splits)}")
+    split = split or next((s for s in ("train", "test") if s in splits), next(iter(splits)))
+    yield from ((f"{path if hub[3] else f'{path}[{split}]'} row {i}", row) for i, row in enumerate(splits[split]))
+
+
 def read_rows(path):
     """Yield (where, row) for each row of a problem file or hub data set; `where` names it in error messages."""
     suffix = Path(path).suffix.lower()
     if not Path(path).is_file():
-        if Path(path).exists() or suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            raise InputError(f"prompt file {path} does not exist or is not a file: "
-                             f"give .jsonl, .json, .csv, .parquet or a hub name")
-        import datasets
-        try:
-            splits = datasets.load_dataset(str(path))
-        except Exception as error:
-            raise InputError(f"{path} is neither a file nor a hub data set that can be fetched "
-                             f"({type(error).__name__})") from error
-        split = next((s for s in ("train", "test") if s in splits), next(iter(splits)))
-        yield from ((f"{path}[{split}] row {i}", row) for i, row in enumerate(splits[split]))
+        yield from read_hub(path)
     elif suffix == ".parquet":
         import pyarrow.parquet
         try:
@@ -407,6 +421,15 @@ def pick_field(row, wanted, known):
     return None
 
 
+def final_answer(answer, row):
+    """The answer as it is, or the number behind the #### of a worked answer (GSM8K), or the last box of `solution` where a row has no
+    answer field (MATH)."""
+    if answer is None and isinstance(row.get("solution"), str):
+        return last_boxed(row["solution"])
+    worked = re.search(r"(?:^|\n)#### *([^\n]+?)\s*$", answer) if isinstance(answer, str) else None
+    return re.sub(r"(?<=\d),(?=\d{3})", "", worked[1]) if worked else answer        # 1,234 is a number there, not a list
+
+
 def pass_rate(where, value):
     """POLARIS writes a problem's difficulty as the pass rate of a small model, '3/8'; a number is taken as it is."""
     try:
@@ -431,7 +454,7 @@ def load_prompts(path, prompt_field=None, answer_field=None, difficulty=None):
         if difficulty and not difficulty[0] <= pass_rate(where, row.get("difficulty")) <= difficulty[1]:
             continue
         prompt = pick_field(row, prompt_field, PROMPT_FIELDS)
-        answer = pick_field(row, answer_field, ANSWER_FIELDS)
+        answer = final_answer(pick_field(row, answer_field, ANSWER_FIELDS), row)
         chat = isinstance(prompt, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
         if not prompt or not (isinstance(prompt, str) and prompt.strip() or chat):
@@ -453,7 +476,8 @@ def load_prompts(path, prompt_field=None, answer_field=None, difficulty=None):
 def encode_prompt(tokenizer, prompt, suffix=""):
     """Token ids of a prompt: the chat template once, with the opening of the assistant's turn. Plain text without a template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    messages[-1]["content"] += suffix
+    if suffix != ASK_FOR_BOX or "\\boxed" not in messages[-1]["content"]:
+        messages[-1]["content"] += suffix
     try:
         if tokenizer.chat_template is None:
             return tokenizer.encode("\n".join(m["content"] for m in messages))
@@ -810,12 +834,12 @@ def open_engine(model, engine, tokenizer, local_rank, tensor_parallel=1, max_mod
     saved, visible = dict(os.environ), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[local_rank * tensor_parallel:(local_rank + 1) * tensor_parallel])
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[local_rank:local_rank + tensor_parallel])
     for name in [k for k in os.environ if k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                  or k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD"))]:
         del os.environ[name]
     if gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) < tensor_parallel:
-        raise InputError(f"process {local_rank} x --tensor-parallel {tensor_parallel} needs more than the {len(gpus)} GPUs here")
+        raise InputError(f"--tensor-parallel {tensor_parallel} from process {local_rank} on needs more than the {len(gpus)} GPUs here")
     from vllm import LLM
     llm = LLM(model=str(folder), dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=0,
               tensor_parallel_size=tensor_parallel, max_model_len=max_model_len,
@@ -946,6 +970,13 @@ def grade_shard(tokenizer, prompts, responses, answers, args, stats, pool):
     return [a * b for a, b in zip(rewards, finished)], thinks and [a * b for a, b in zip(thinks, finished)]
 
 
+def shards_of_rank(n_shards, rank, world, tensor_parallel):
+    """Numbers of the shards that a rank samples. With tensor parallelism the first of every so many ranks has an engine on their GPUs."""
+    if rank % tensor_parallel and world > 1:
+        return []
+    return range(rank // tensor_parallel, n_shards, max(1, world // tensor_parallel))
+
+
 def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py."""
     if args.task == "code":
@@ -963,32 +994,35 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
 
     engine = pick_engine(args.engine)
-    settings = {k: getattr(args, k) for k in ("n", "temperature", "top_p", "top_k", "max_tokens", "seed")}
+    settings = {"n": args.num_responses, **{k: getattr(args, k) for k in ("temperature", "top_p", "top_k", "max_tokens", "seed")}}
     version = transformers.__version__ if engine == "hf" else __import__("vllm").__version__
     prompt_hash = hashlib.sha256(json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode()).hexdigest()
     meta = {"model": str(args.model), "model_fingerprint": checkpoint_fingerprint(args.model),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), **settings, "engine": engine, "engine_version": version,
             "prompts": str(args.prompts), "prompts_sha256": prompt_hash, "num_prompts": len(problems), "too_long_prompts": too_long,
             "prompt_suffix": args.prompt_suffix, "task": args.task, "require_think_end": args.require_think_end,
-            "shard_prompts": args.shard_prompts, "shards": len(slices)}
+            "shard_prompts": args.shard_prompts, "shards": len(slices), **({"rehearsal": 1} if args.rehearse else {})}
     paths = [Path(args.out) / f"shard-{i:05d}.pt" for i in range(len(slices))]
     for path in sorted(Path(args.out).glob("shard-*.pt")):
         theirs = read_shard(path)["meta"]
-        for key in meta:
-            if theirs.get(key) != meta[key] and key not in ("model", "prompts"):    # paths: known by their content
-                raise InputError(f"{path} was sampled with {key} = {theirs.get(key)!r}, now {meta[key]!r}: "
+        for key in {**meta, **theirs}:
+            if theirs.get(key) != meta.get(key) and key not in ("model", "prompts"):    # paths: known by their content
+                raise InputError(f"{path} was sampled with {key} = {theirs.get(key)!r}, now {meta.get(key)!r}: "
                                  f"use another --out, or delete that folder to start over")
 
-    missing = {i: slices[i] for i in range(len(slices)) if i % world == rank and not paths[i].exists()}
+    shares = [shards_of_rank(len(slices), r, world, args.tensor_parallel if engine == "vllm" else 1) for r in range(world)]
+    missing = {i: slices[i] for i in shares[rank] if not paths[i].exists()}
     start, n_tokens = time.time(), 0
     if missing:
         check_out(args.out)
         generate, close = open_engine(args.model, engine, tokenizer, local_rank, args.tensor_parallel, args.max_model_len,
                                       args.gpu_memory_utilization, args.trust_remote_code)
-        bar = tqdm(total=sum(map(len, missing.values())) * args.n, desc="sampling", unit="resp", disable=rank > 0)
+        bar = tqdm(total=sum(map(len, missing.values())) * args.num_responses, desc="sampling", unit="resp", disable=rank > 0)
         for number, responses in generate(missing, **settings):
             stats = {}
             rewards, thinks = grade_shard(tokenizer, slices[number], responses, answers, args, stats, pool)
+            if args.rehearse:                               # graded all the same: what is wrong with the grader shows
+                rewards = [float(i % 2 == 0) for i in range(len(rewards))]
             shard = build_shard(slices[number], responses, rewards, thinks, meta, stats)
             write_atomic(paths[number], lambda p: torch.save(shard, p))
             n_tokens += len(shard["sampler_logp"])
@@ -996,7 +1030,8 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
             bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
         bar.close()
         close()
-    return n_tokens / max(time.time() - start, 1e-9) if missing else None
+    rate = n_tokens / max(time.time() - start, 1e-9)
+    return rate * sum(map(bool, shares)) if missing else None                       # of all engines together, as fast as this one
 
 
 def count_grading(shards):
@@ -1035,9 +1070,10 @@ def parse_args(argv=None):
     arg("--max-prompt-tokens", type=int, help="leave out longer prompts, and count them")
     arg("--prompt-field", help="field of the problem, if it has an unusual name")
     arg("--answer-field", help="field of the gold answer, if it has an unusual name")
-    arg("--prompt-suffix", default="", help="text added to every problem, such as an instruction to box the answer")
+    arg("--prompt-suffix", default="", help="text added to every problem")
+    arg("--ask-for-box", dest="prompt_suffix", action="store_const", const=ASK_FOR_BOX, help="ask for a boxed answer in problems that do not")
     # Sampling
-    arg("-n", "--n", type=int, default=16, help="responses per prompt (Sec. 4.1); under torchrun write -n, for --n looks like one of its own flags")
+    arg("-n", "--num-responses", type=int, default=16, help="responses per prompt (Sec. 4.1)")
     arg("--temperature", type=float, default=0.6, help="Sec. 4.1: 0.6, and 1.0 for Qwen3.5")
     arg("--top-p", type=float, default=1.0, help="ours: 1, so that pi_old is the distribution sampled from")
     arg("--top-k", type=int, default=-1, help="-1 for all tokens")
@@ -1045,7 +1081,7 @@ def parse_args(argv=None):
     arg("--seed", type=int, default=0, help="of the choice of prompts and of the sampling")
     # Engine
     arg("--engine", choices=["auto", "vllm", "hf"], default="auto", help="auto: vLLM on a GPU, else transformers")
-    arg("--tensor-parallel", type=int, default=1, help="GPUs per vLLM engine")
+    arg("--tensor-parallel", type=int, default=1, help="GPUs per vLLM engine; still start one process per GPU")
     arg("--max-model-len", type=int, help="context that vLLM reserves memory for (default: the model's)")
     arg("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU that vLLM takes")
     arg("--shard-prompts", type=int, default=16, help="prompts per shard; with --engine hf also the batch, times n")
@@ -1053,11 +1089,12 @@ def parse_args(argv=None):
     # Grading
     arg("--task", choices=["math", "code"], default="math", help="math: the last box; code: the last code block passes all tests (Table 11)")
     arg("--unsafe-code", action="store_true", help="run programs without isolation, as yourself")
+    arg("--rehearse", action="store_true", help="reward every other response, right or wrong: so short a rehearsal finds no right one to learn from")
     arg("--require-think-end", action="store_true", help="reward only answers after </think> (default: any last box)")
     arg("--workers", type=int, default=2, help="grading processes")
     arg("--grade-timeout", type=float, default=10.0, help="seconds per answer, or per test of a program")
     args = p.parse_args(argv)
-    for name in ("n", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
+    for name in ("num_responses", "max_tokens", "shard_prompts", "tensor_parallel", "workers"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.grade_timeout < math.inf:

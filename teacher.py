@@ -422,7 +422,7 @@ def setup_ddp():
     if world > 1 and not dist.is_initialized():
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":               # if torchrun was killed meanwhile this fails at once,
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()      # the next line in hours
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return rank, world, device
 
 

@@ -62,7 +62,7 @@ def refused(capsys, folder, *argv):
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys):
     model, rollouts, other = tiny
-    sample = ["--max-tokens", 8, "--n", 2, "--engine", "hf"]
+    sample = ["--max-tokens", 8, "-n", 2, "--engine", "hf"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"problem": "1A+1", "answer": "2"}\n')
     (tmp_path / "empty.jsonl").write_text("")

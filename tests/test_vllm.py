@@ -40,7 +40,7 @@ def responses(joined):
 def test_samples_of_the_demonstration_base_are_graded_and_their_log_probs_are_ours(demo, tmp_path):
     base, prompts = demo
     file = first_lines(prompts / "validation.jsonl", 24, tmp_path / "prompts.jsonl")
-    conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / "r", "--num-prompts", 0, "--n", 4,
+    conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / "r", "--num-prompts", 0, "-n", 4,
                         "--max-tokens", 128, "--temperature", 0.8, "--shard-prompts", 5, *SMALL, env=ENV)
     joined = rollout.join_shards(rollout.load_shards(tmp_path / "r"))
     assert joined["prompt_index"].tolist() == [i for i in range(24) for _ in range(4)] and joined["meta"]["engine"] == "vllm"
@@ -57,7 +57,7 @@ def test_greedy_outputs_agree_with_the_hf_engine(demo, tmp_path):
     file = first_lines(prompts / "test.jsonl", 64, tmp_path / "prompts.jsonl")
     found = []
     for engine in ("hf", "vllm"):
-        conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / engine, "--num-prompts", 0, "--n", 1,
+        conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / engine, "--num-prompts", 0, "-n", 1,
                             "--max-tokens", 128, "--temperature", 0, *SMALL, "--engine", engine, env=ENV)
         found.append(responses(rollout.join_shards(rollout.load_shards(tmp_path / engine))))
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 61   # 95 % of 64: a tie may fall either way
