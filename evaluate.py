@@ -636,8 +636,8 @@ def checkpoint(world, seed, name):
         step = max(paths.get(world["selection"], {}).items(), key=lambda pair: (pair[1]["avg_at_k"], -pair[0]), default=(step, None))[0]
     elif which:
         step = int(which)
-        if world["rehearsal"] and step not in steps:        # every earlier checkpoint of a rehearsal is its step 1
-            step = 1
+        if world["rehearsal"] and step not in steps:        # of three: the recipes name step 1 or 2
+            step = 1 if step < 40 else 2
     return run, step, {b: path[step] for b, path in paths.items() if step in path}
 
 

@@ -64,14 +64,15 @@ if [ "$NPROC" -gt 1 ]; then PY="torchrun --standalone --nproc-per-node $NPROC"; 
 
 step() {                              # step OUTPUT COMMAND...   print the command, run it unless its output is there
   local output=$1; shift
-  if [ -n "${DRY_RUN:-}" ]; then echo "$*"; return; fi
+  local text start=${EPOCHREALTIME/[.,]/}
+  printf -v text '%q ' "$@"           # quoted, so that it can be copied
+  if [ -n "${DRY_RUN:-}" ]; then echo "${text% }"; return; fi
   if [ -e "$output" ]; then return; fi
-  echo "+ $*" >&3
-  local start=${EPOCHREALTIME/[.,]/}
+  echo "+ ${text% }" >&3
   "$@" 9>&- & child=$!                # in the background, or a SIGTERM to this script would wait for the end of the stage
   wait "$child"
   child=
-  if [ -n "${REHEARSE:-}" ]; then echo "$(((${EPOCHREALTIME/[.,]/} - start) / 1000)) $*" >> "$TABLES/milliseconds.txt"; fi
+  if [ -n "${REHEARSE:-}" ]; then echo "$(((${EPOCHREALTIME/[.,]/} - start) / 1000)) ${text% }" >> "$TABLES/milliseconds.txt"; fi
 }
 
 stop() {                              # stop SIGNAL CODE   the stages save and leave, and then so does this script

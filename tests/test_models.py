@@ -20,11 +20,12 @@ CONFIGS = {                                                         # Sec. 4.1
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def checkpoint(request, tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp(request.param) / "model", toy.build_tokenizer()
+def make_checkpoint(folder, architecture):
+    """A tiny random model of one of the architectures, with the demonstration world's tokenizer."""
+    tokenizer = toy.build_tokenizer()
     torch.manual_seed(0)
-    config = CONFIGS[request.param](vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)
+    config = CONFIGS[architecture](vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+                                   pad_token_id=tokenizer.pad_token_id)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -32,6 +33,11 @@ def checkpoint(request, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param)
 
 
 def test_a_response_does_not_see_its_neighbours_or_its_padding(checkpoint):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -10,28 +11,40 @@ import pytest
 import torch
 
 import conftest
+import distill
 import evaluate
+import rollout
+import teacher
 
 QWEN, NBG = "Qwen/Qwen3-4B-Thinking-2507", "Nanbeige/Nanbeige4-3B-Thinking-2511"
 NANO, ACE, JUST = "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1", "nvidia/AceReason-Nemotron-1.1-7B", "hbx/JustRL-Nemotron-1.5B"
 SMALL35, LARGE35 = "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B"
+FILES = {"aime24": 32, "aime25": 32, "hmmt_feb25": 32, "hmmt_nov25": 32, "hmmt_feb26": 32, "beyond_aime": 16, "imo": 4}      # K of Sec. 4.1
+BENCHMARKS = " ".join(f"{name}={name}.jsonl:{k}" for name, k in FILES.items())
+# What each table and figure of the paper reports, its columns; HMMT Feb 25 where none are named (Sec. 4.1).
+READS = {"table1": "aime24 aime25 hmmt_feb25 beyond_aime hmmt_nov25", "table2": "aime25 hmmt_feb25 hmmt_nov25", "table6": "aime25 hmmt_nov25",
+         "table8": "aime24 aime25 hmmt_feb25 beyond_aime", "table9": "hmmt_feb25 hmmt_nov25", "table10": "aime24 aime25 hmmt_feb25",
+         "table11": "hmmt_nov25 hmmt_feb25 hmmt_feb26", "table12": "aime24 aime25 hmmt_feb25"}
+
+
+def command_lines(name, **env):
+    """The lines that a recipe prints."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("MODEL", "MODELS", "PROMPTS", "BENCHMARKS", "SEEDS", "REHEARSE", "TABLES", "JUDGE_URL", "JUDGE_MODEL")}
+    done = subprocess.run(["./run_rounds.sh", name], cwd=conftest.ROOT, capture_output=True, text=True, timeout=60, env={**kept, "DRY_RUN": "1", **env})
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if re.match(r"(python|torchrun) ", line)]
 
 
 def dry_run(name, **env):
     """Commands that a recipe prints, each {script, option: value, ...}, without --out's folder: RUN is its path below seedN/."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("MODEL", "MODELS", "PROMPTS", "BENCHMARKS", "SEEDS")}
-    done = subprocess.run(["./run_rounds.sh", name], cwd=conftest.ROOT, capture_output=True, text=True, timeout=60, env={**kept, "DRY_RUN": "1", **env})
-    assert done.returncode == 0, done.stderr
     commands = []
-    for line in done.stdout.splitlines():
-        if not re.match(r"(python|torchrun) ", line):
-            continue
-        words = line.split()
+    for line in command_lines(name, **env):
+        words = shlex.split(line)
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         command = {"launch": " ".join(words[:at]), "script": words[at]}
         for word in words[at + 1:]:
             if word.startswith("-"):
-                key = command[word.lstrip("-")] = []
+                key = command[word.lstrip("-")] = []                 # the last one counts, as for argparse
             else:
                 key.append(word)
         command = {key: " ".join(value) if isinstance(value, list) else value for key, value in command.items()}
@@ -40,7 +53,7 @@ def dry_run(name, **env):
 
 
 def real(name, model):
-    return dry_run(name, MODEL=model, PROMPTS="polaris.jsonl", BENCHMARKS="hmmt=hmmt.jsonl:32", NPROC="8")
+    return dry_run(name, MODEL=model, PROMPTS="polaris.jsonl", BENCHMARKS=BENCHMARKS, NPROC="8")
 
 
 def runs(commands, script):
@@ -80,21 +93,73 @@ def test_every_recipe_prints_the_papers_settings_for_every_model_of_its_table(na
     measured = [c for c in commands if c["script"] == "evaluate.py" and "model" in c and "pick" not in c]
     for c in measured:
         assert c["temperature"] == temperature and c["max-tokens"] == length and c["base"] == model
-        assert (c["top-p"], c["data"]) in {("0.95", "hmmt=hmmt.jsonl:32"), ("1", "kl=hmmt.jsonl:4"),
-                                           ("0.95", "livecodebench=livecodebench-v6.jsonl:32"), ("1", "kl=livecodebench-v6.jsonl:4")}
+        code, wanted = c.get("task") == "code", READS.get(name, "hmmt_feb25").split()
+        if name == "table11" and model != SMALL35:
+            wanted = [*wanted, "imo"]
+        data = {"0.95": " ".join(f"{b}={b}.jsonl:{k}" for b, k in FILES.items() if b in wanted), "1": "kl=hmmt_feb25.jsonl:4"}
+        if code:
+            data = {"0.95": "livecodebench=test6.jsonl:32", "1": "kl=test6.jsonl:4"}
+        assert c["data"] == data[c["top-p"]] and ("ask-for-box" in c) != code
+        assert ("tensor-parallel" in c and "shard" in c) == ("27B" in model)                        # 54 GB of weights: one GPU has no room for a cache
     assert {c["model"] for c in measured} and commands[-1]["tables"] == name
 
 
 def test_an_on_policy_run_keeps_the_weights_that_any_recipe_measures():
-    text = (conftest.ROOT / "run_rounds.sh").read_text()
+    text = (conftest.ROOT / "tests" / "paper" / "recipes.sh").read_text()
     kept = set(re.search(r'ONLINE_KEPT="(.*?)"', text)[1].split())
     calls = re.findall(r"^  onpolicy \S+ \S+ ([\d ]+?)(?: +#.*)?$", text, re.M)
     assert len(calls) == 5 and {step for call in calls for step in call.split()} <= kept       # one recipe must not remove what another evaluates
 
 
+def torchrun_parses(words):
+    """Whether torchrun's own parser takes a command line: it looks at the script's options too, before it hands them on."""
+    from torch.distributed.run import get_args_parser
+    try:
+        found = get_args_parser().parse_args(words)
+    except SystemExit:
+        return False
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return found.training_script == words[at] and found.training_script_args == words[at + 1:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torchrun_and_the_script_itself_parse_every_command_of_a_recipe(name):
+    assert not torchrun_parses(["--nproc-per-node", "2", "rollout.py", "--n", "8"])                 # what this test is there to find
+    parsers = {"rollout.py": rollout, "teacher.py": teacher, "distill.py": distill, "evaluate.py": evaluate}
+    lines = [line for rehearse in ("", "1") for line in command_lines(
+        name, REHEARSE=rehearse, PROMPTS="p.jsonl", NPROC="8", JUDGE_URL="http://localhost/v1", JUDGE_MODEL="judge")]
+    for line in lines:
+        words = shlex.split(line)
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert words[0] == "python" or torchrun_parses(words[1:]), line
+        parsers[words[at]].parse_args(words[at + 1:])
+    assert any(line.startswith("torchrun") for line in lines)
+
+
+@pytest.mark.parametrize("script", ["rollout", "teacher", "distill", "evaluate"])
+def test_torchrun_leaves_every_option_of_a_script_alone(script):
+    text = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=conftest.ROOT, capture_output=True, text=True).stdout
+    options = sorted(set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text.split("options:")[1])))
+    assert len(options) > 20
+    for option in options:
+        assert torchrun_parses(["--standalone", "--nproc-per-node", "2", f"{script}.py", option, "1"]), option
+
+
+def test_a_rehearsal_runs_the_same_commands_with_only_sizes_changed():
+    sizes = {"num-prompts", "n", "max-tokens", "shard-prompts", "rehearse", "steps", "save-every", "value-steps", "num-problems", "data"}
+    for name, models in MODELS.items():
+        whole, small = (dry_run(name, MODEL=models[0], PROMPTS="p.jsonl", NPROC="2", TABLES="runs/tables", REHEARSE=flag) for flag in ("", "1"))
+        online = re.compile(r"online\S*?/(update|rollouts)")
+        whole, small = ([c for c in commands if not any(online.match(c.get(key, "")) for key in ("out", "model"))] for commands in (whole, small))
+        assert len(whole) == len(small)
+        for a, b in zip(whole, small):
+            assert {k: v for k, v in a.items() if k not in sizes and "step-" not in v} == {k: v for k, v in b.items() if k not in sizes and "step-" not in v and k in a and "step-" not in a[k]}
+            assert all(int(b[key]) <= int(a.get(key, 10 ** 9)) for key in ("num-prompts", "n", "max-tokens", "steps") if key in b)
+
+
 def test_models_of_a_table_come_in_turn_and_model_narrows_them():
     for name, models in MODELS.items():
-        commands = dry_run(name, PROMPTS="polaris.jsonl", BENCHMARKS="hmmt=hmmt.jsonl:32", NPROC="8")
+        commands = dry_run(name, PROMPTS="polaris.jsonl", BENCHMARKS=BENCHMARKS, NPROC="8")
         assert list(dict.fromkeys(c["base"] for c in commands if "base" in c)) == models, name
     assert {c["base"] for c in dry_run("table10", MODELS=f"{ACE} {JUST}") if "base" in c} == {ACE, JUST}
 
@@ -111,6 +176,8 @@ def test_rows_differ_in_what_the_paper_says():
     assert Counter(c.get("positive-signal", "all") for c in table12.values()) == {"all": 1, "max0": 1, "min0": 1}
     table2 = runs(real("table2", QWEN), "distill.py")
     assert table2["batch4/student"]["denominator"] == "ce-student/step-0010" and table2["batch3/student"]["denominator"] == "old"
+    without = runs(real("table2", QWEN), "teacher.py")
+    assert without["b2/ce"]["model"] == "ce/step-0050" and without["a2/ce"]["model"] == "ce/final"  # half the KL: the middle, in a dry run
     assert table2["batch5/student"]["teacher"] == "batch5/mse/final" and table2["batch6/student"]["denominator"] == "batch6/mse/step-0010"
     table8 = real("table8", QWEN)
     assert runs(table8, "teacher.py")["unlearned-ce-1e3"]["ref"] == "start" and runs(table8, "teacher.py")["unlearned-ce-1e3"]["model"] == "mse/step-0010"
@@ -265,7 +332,7 @@ def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
         assert f"## Table {number}. " in text
     for number in range(4, 11):
         assert f"## Figure {number}. " in text
-    paper = json.loads((conftest.ROOT / "tests" / "paper.json").read_text())
+    paper = json.loads(evaluate.PAPER.read_text())
     numbers = [claim["number"] for claim in paper["claims"]]
     assert {re.sub("[a-c]", "", n) for n in numbers} == {str(n) for n in range(1, 25)} and [n for n in numbers if n[0] == "3"] == ["3a", "3b", "3c"]
     summary = dict(re.findall(r"^\| (\d+[a-c]?) \| .* \| (holds|does not hold|undecided|not run here) \| ", text, re.M))
@@ -282,22 +349,24 @@ def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
 
 def test_every_checkpoint_that_the_paper_file_names_is_made_by_a_recipe(finished):
     world = evaluate.read_world(finished / "runs" / "toy")
-    paper = json.loads((conftest.ROOT / "tests" / "paper.json").read_text())
+    paper = json.loads(evaluate.PAPER.read_text())
     for name, table in paper["tables"].items():
         for label, row, *numbers in table["rows"]:
-            assert len(numbers) == len(table["columns"]), f"{name}: {label}"
-            assert evaluate.number(world, "0", "accuracy", row) is not None, f"{name}: {row}"
+            for model, given in (numbers[0] if numbers else {}).items():
+                columns = next((c for suffix, c in table.get("columns_of", {}).items() if model.endswith(suffix)), table["columns"])
+                assert len(given) == len(columns), f"{name}: {label}"
+            assert evaluate.number(world, "0", "accuracy", row, ["test"]) is not None, f"{name}: {row}"
     for claim in paper["claims"]:
         for test in claim["tests"]:
             for row in test["plus"] + test["minus"]:
-                assert evaluate.number(world, "0", "accuracy", row) is not None, f"claim {claim['number']}: {row}"
+                assert evaluate.number(world, "0", "accuracy", row, ["test"]) is not None, f"claim {claim['number']}: {row}"
 
 
 def test_hours_count_rollouts_teacher_and_own_steps(finished):
     world = evaluate.read_world(finished / "runs" / "toy")
     assert evaluate.seconds_until(world, "0", "sapo", 40) == 40 + 40                    # 100 x 40 tokens at 100 a second, then 40 steps of 1 s
     assert evaluate.seconds_until(world, "0", "sapo-student", 10) == 40 + 120 + 10
-    assert evaluate.seconds_until(world, "0", "online", 10) == 10 * (40 + 1)
+    assert evaluate.seconds_until(world, "0", "online", 10) == 2 * (40 + 1)                         # one update for five steps
 
 
 def test_unknown_names_are_refused(finished, capsys):

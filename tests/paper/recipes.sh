@@ -31,8 +31,8 @@ rehearsal() {                         # the sizes of a rehearsal, behind those o
   if [ -z "${REHEARSE:-}" ]; then return; fi
   local prompts=$((NPROC > 4 ? NPROC : 4))                     # at least one for each process
   SMALLER_COLLECT="--num-prompts $prompts -n 4 --max-tokens 48 --shard-prompts $(((prompts + NPROC - 1) / NPROC)) --rehearse"
-  SMALLER_TEACH="--steps 2 --save-every 1 --value-steps 2" SMALLER_DISTIL="--steps 2 --save-every 1"
-  SMALLER_SCORE="--num-problems $prompts --max-tokens 48"      # and K = 2, in `score`; steps of a name become 1, in `at`
+  SMALLER_TEACH="--steps 3 --save-every 1 --value-steps 2" SMALLER_DISTIL="--steps 3 --save-every 1"
+  SMALLER_SCORE="--num-problems $prompts --max-tokens 48"      # and K = 2, in `score`; steps of a name become 1 or 2, in `at`
 }
 
 demonstration() {                     # demonstration WORLD   toy, or one of shorter or longer chains in place of another model
@@ -93,7 +93,12 @@ paper() {                             # paper MODEL   settings of Sec. 4.1; on r
 
 at() {                                # a policy by its short name
   case $1 in base) echo "$base"; return ;; old|none|live) echo "$1"; return ;; esac
-  if [ -n "${REHEARSE:-}" ]; then echo "$dir/${1/%step-[0-9][0-9][0-9][0-9]/step-0001}"; else echo "$dir/$1"; fi
+  if [ -z "${REHEARSE:-}" ]; then echo "$dir/$1"; return; fi
+  case $1 in                          # of a rehearsal's three steps, the first is any early one (Table 7 needs two)
+    */step-00[0-3]?) echo "$dir/${1%/*}/step-0001" ;;
+    */step-*) echo "$dir/${1%/*}/step-0002" ;;
+    *) echo "$dir/$1" ;;
+  esac
 }
 
 collect() {                           # collect NAME POLICY NUMBER   rollouts of a policy
@@ -543,9 +548,10 @@ tables() {                            # tables NAME...   every model and seed of
     done
   done
   while [ -n "$(jobs -p)" ]; do wait -n; done
-  local out=$TABLES/$1
+  local out=$TABLES/$1 title="demonstration world"
   if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
-  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --title "${REAL:-demonstration world}"
+  if [ -n "$REAL" ]; then title=${MODEL:-${MODELS:-models of the paper}}; fi
+  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --title "$title"
   if [ -n "${REHEARSE:-}" ] && [ -z "${DRY_RUN:-}" ]; then     # what it took, and what the whole recipe would cost
     DRY_RUN=1 REHEARSE= PROMPTS=$POLARIS TABLES=$TABLES ./run_rounds.sh "$command" | python tests/paper/cost.py "$TABLES" --length "$LENGTH"
   fi
