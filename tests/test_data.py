@@ -28,6 +28,10 @@ def write(path, rows):
     ({"Problem": "1+1", "Short Answer": "2", "Category": "Algebra"}, "1+1", "2"),
     ({"prompt": [{"role": "user", "content": "1+1"}], "reward_model": {"ground_truth": 2.0, "style": "rule"}}, [{"role": "user", "content": "1+1"}], 2.0),
     ({"problem": "roots", "answer": ["1", "-1"]}, "roots", ["1", "-1"]),
+    ({"question": "eggs", "answer": "She has 16 - 3 = <<16-3=13>>13.\nSo 9 * 2 = 18.\n#### 18"}, "eggs", "18"),           # GSM8K
+    ({"question": "eggs", "answer": "#### 1,234,500"}, "eggs", "1234500"),
+    ({"problem": "area", "solution": "It is \\boxed{3}, no, $\\boxed{\\frac{1}{2}}$.", "level": "Level 5"}, "area", "\\frac{1}{2}"),   # MATH
+    ({"problem": "p", "solution": "so \\boxed{3}", "answer": "4"}, "p", "4"),
 ])
 def test_known_layouts_are_recognised(tmp_path, row, prompt, answer):
     assert rollout.load_prompts(write(tmp_path / "p.jsonl", [row])) == [{"prompt": prompt, "answer": answer, "index": 0}]
@@ -43,6 +47,60 @@ def test_json_csv_and_parquet_read_the_same_and_a_byte_order_mark_is_accepted(tm
     wanted = rollout.load_prompts(write(tmp_path / "p.jsonl", rows))
     for ending in ("json", "csv", "parquet"):
         assert rollout.load_prompts(tmp_path / f"p.{ending}") == wanted
+
+
+def test_a_hub_set_may_name_its_configuration_and_split(monkeypatch):
+    import datasets
+    asked = []
+
+    def load_dataset(name, configuration=None):
+        asked.append((name, configuration))
+        return {"train": [{"question": "a", "answer": "#### 1"}], "test": [{"question": "b", "answer": "#### 2"}]}
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for path, wanted in (("openai/gsm8k:main[test]", "b"), ("openai/gsm8k:main", "a"), ("openai/gsm8k[test]", "b"), ("openai/gsm8k", "a")):
+        assert rollout.load_prompts(path)[0]["prompt"] == wanted
+    assert asked == [("openai/gsm8k", "main"), ("openai/gsm8k", "main"), ("openai/gsm8k", None), ("openai/gsm8k", None)]
+    with pytest.raises(rollout.InputError, match="openai/gsm8k has the splits train, test"):
+        rollout.load_prompts("openai/gsm8k:main[dev]")
+    assert evaluate.parse_benchmark("gsm8k=openai/gsm8k:main[test]:8", 32) == ("gsm8k", "openai/gsm8k:main[test]", 8)
+    for wrong in ("nowhere.jsonl", "a/b.jsonl", "no such file", "gsm8k:main[test]"):
+        with pytest.raises(rollout.InputError, match="does not exist or is not a file"):
+            rollout.load_prompts(wrong)
+
+
+def test_a_box_is_asked_for_only_where_the_problem_does_not(tiny):
+    seen = []
+
+    class Tokenizer:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **_):
+            seen.append(messages[-1]["content"])
+            return [1]
+    rollout.encode_prompt(Tokenizer(), "1+1?", rollout.ASK_FOR_BOX)
+    rollout.encode_prompt(Tokenizer(), "1+1? Answer in \\boxed{}.", rollout.ASK_FOR_BOX)
+    rollout.encode_prompt(Tokenizer(), [{"role": "user", "content": "\\boxed{2}"}, {"role": "user", "content": "1+1?"}], rollout.ASK_FOR_BOX)
+    rollout.encode_prompt(Tokenizer(), "in \\boxed{}", " Think.")
+    assert seen == ["1+1?" + rollout.ASK_FOR_BOX, "1+1? Answer in \\boxed{}.", "1+1?" + rollout.ASK_FOR_BOX, "in \\boxed{} Think."]
+    sampled = rollout.parse_args(["--model", "m", "--prompts", "p", "--out", "o", "--ask-for-box"])
+    assert sampled.prompt_suffix == evaluate.parse_args(["--model", "m", "--data", "x=y", "--ask-for-box"]).prompt_suffix == rollout.ASK_FOR_BOX
+
+
+@pytest.mark.parametrize("world, tensor_parallel, engines", [(1, 1, [0]), (8, 1, list(range(8))), (8, 2, [0, 2, 4, 6]), (8, 8, [0]), (1, 8, [0]), (2, 4, [0])])
+def test_with_tensor_parallelism_every_shard_has_one_engine(world, tensor_parallel, engines):
+    shares = [list(rollout.shards_of_rank(21, rank, world, tensor_parallel)) for rank in range(world)]
+    assert sorted(sum(shares, [])) == list(range(21)) and [rank for rank in range(world) if shares[rank]] == engines
+
+
+def test_a_rehearsal_rewards_every_other_response_and_says_so(tiny, tmp_path, capsys):
+    prompts = write(tmp_path / "p.jsonl", [{"problem": f"{i}A+1", "answer": "1"} for i in range(3)])
+    command = ["rollout.py", "--model", tiny[0], "--prompts", prompts, "--out", tmp_path / "r", "--num-prompts", 0, "-n", 4, "--max-tokens", 6,
+               "--engine", "hf", "--shard-prompts", 2]
+    assert conftest.run_here(*command, "--rehearse") == 0
+    joined = rollout.join_shards(rollout.load_shards(tmp_path / "r"))
+    assert joined["reward"].tolist() == [1, 0] * 6 and joined["meta"]["rehearsal"] == 1
+    assert json.loads((tmp_path / "r" / "rollouts.json").read_text())["meta"]["rehearsal"] == 1
+    assert conftest.run_here(*command) == 2 and "rehearsal = 1, now None" in capsys.readouterr().err    # never goes on as a real run
 
 
 @pytest.mark.parametrize("content, complaint", [

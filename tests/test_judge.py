@@ -108,8 +108,11 @@ def test_both_scores_stand_in_the_row(endpoint, tiny, tmp_path, monkeypatch):
                "--temperature", 1]
     assert conftest.run_here(*command) == 0
     assert conftest.run_here(*command, "--judge-url", endpoint.url, "--judge-model", "m") == 0
+    assert endpoint.seen[0][1]["messages"][0]["content"].count("1 + 1") == 1                        # asked once before anything is sampled
     plain, judged = evaluate.read_results(tmp_path / "r.jsonl")
     assert plain["avg_at_k_judge"] is None and judged["avg_at_k"] == plain["avg_at_k"] == 0
     assert judged["judge"]["asked"] > 0 and judged["avg_at_k_judge"] == pytest.approx(judged["judge"]["yes"] / 12)
     assert len(list((tmp_path / "samples" / "t").iterdir())) == 1                                   # the judge read the same samples
     assert conftest.run_here(*command, "--judge-url", endpoint.url) == 2
+    dead = [*command[:-1], 0.5, "--judge-url", "http://127.0.0.1:9", "--judge-model", "m"]
+    assert conftest.run_here(*dead) == 1 and len(list((tmp_path / "samples" / "t").iterdir())) == 1     # a dead one: before sampling

@@ -275,7 +275,7 @@ def test_bootstrap_interval_is_as_wide_as_theory_says():
 
 # ---- the report ----------------------------------------------------------------------------------------------------------
 
-def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, **args):
+def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, benchmarks=("validation", "test"), **args):
     """A finished run without weights: run.json, metrics.jsonl, and rows of its checkpoints that are right `accuracy` of the time."""
     folder = world / f"seed{seed}" / out
     folder.mkdir(parents=True)
@@ -290,7 +290,7 @@ def fake_run(world, seed, out, steps, every, accuracy, script, rollouts, **args)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(
         {"step": i, "seconds": 1.0, "prob_pos": 0.8 - 0.001 * i, "prob_neg": 0.7 - 0.002 * i, "entropy": 0.5 - 0.001 * i, "explained_variance": 0.01 * i}) + "\n"
         for i in range(1, steps + 1)))
-    return [fake_row(world, f"{folder}/{name}", accuracy, 0.02, benchmark) for benchmark in ("validation", "test")
+    return [fake_row(world, f"{folder}/{name}", accuracy, 0.02, benchmark) for benchmark in benchmarks
             for name in [*(f"step-{i:04d}" for i in range(every, steps, every)), "final"]]
 
 
@@ -317,7 +317,7 @@ def finished(tmp_path_factory):
                 elif c["script"] in ("teacher.py", "distill.py"):
                     every = 1 if c.get("save-every") == "2" or c["steps"] in ("1", "32") else 2 if c["steps"] == "16" else 10
                     policies = {key: c[key] for key in ("model", "student", "denominator", "loss", "beta", "ref") if key in c}
-                    policies |= {"teacher": f"{world}/seed{seed}/{c['teacher']}"} if "teacher" in c else {}
+                    policies |= {key: f"{world}/seed{seed}/{c[key]}" if "/" in c[key] else c[key] for key in ("teacher", "model") if key in c}
                     accuracy = 0.2 if c["out"] == "mse" else 0.75 if "student" in c["out"] or "min0" in c["out"] else 0.6
                     rows += fake_run(world, seed, c["out"], int(c["steps"]), every, accuracy, c["script"], c["rollouts"], **policies)
     rows = [fake_row(world, "base", 0.4, 0.0, b) for b in ("validation", "test")] + rows
@@ -372,3 +372,85 @@ def test_hours_count_rollouts_teacher_and_own_steps(finished):
 def test_unknown_names_are_refused(finished, capsys):
     assert conftest.run_here("evaluate.py", "--report", finished / "x", "--tables", "table13", "--runs", finished / "runs") == 2
     assert "table13" in capsys.readouterr().err
+
+
+# ---- the report on the paper's models: a column per benchmark, and none in place of another ---------------------------------
+
+@pytest.fixture()
+def qwen(tmp_path):
+    """runs/Qwen3-4B-Thinking-2507 with some of Table 1, and on-policy runs as Tables 3 and 4 leave them: rows by (model, benchmark)."""
+    world, five = tmp_path / "runs" / "Qwen3-4B-Thinking-2507", READS["table1"].split()
+    world.mkdir(parents=True)
+    rows = [fake_row(world, "base", 0.4, 0.0, b) for b in (*five, "kl")]
+    for out, script, accuracy in (("ce", "teacher.py", 0.6), ("grpo", "teacher.py", 0.5), ("ce-student", "distill.py", 0.7)):
+        rows += fake_run(world, 0, out, 20, 10, accuracy, script, "rollouts", (*five, "kl"), loss="ce", model="base", student="base",
+                         teacher=f"{world}/seed0/ce/final", denominator="old")
+    rows += fake_run(world, 0, "b2/ce", 20, 10, 0.6, "teacher.py", "b2/rollouts", ("kl",), loss="ce", model=f"{world}/seed0/ce/step-0010")
+    for step in range(1, 101):                                      # 100 steps, as Table 4 makes; those that are measured differ in accuracy
+        found = fake_run(world, 0, f"online/update{step:03d}", 1, 1, step / 100, "teacher.py", f"online/rollouts{step:03d}", ["hmmt_feb25"], loss="grpo", model="base")
+        rows += found if step in (10, 25, 50, 70, 100) else []
+    return world, rows
+
+
+def table(world, rows, name, folder):
+    """Lines of a table of the report as lists of cells, {label: cells}, and its header."""
+    (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.report_tables(folder, [name], world.parent)
+    text = (folder / "report.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.split(f"## Table {name[5:]}. ")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    return {line[0]: line[1:] for line in lines[1:]}, lines[0]
+
+
+def test_a_benchmark_without_a_row_is_a_dash_and_so_is_the_mean(qwen, tmp_path, capsys):
+    world, rows = qwen
+    lines, header = table(world, rows, "table1", tmp_path / "whole")
+    assert header[:7] == ["AVG@K, aime24", "AVG@K, aime25", "AVG@K, hmmt_feb25", "AVG@K, beyond_aime", "AVG@K, hmmt_nov25", "AVG@K, mean", "KL (nats/token)"]
+    assert "-" not in lines["CE, last step"] and lines["CE, last step"][0] == lines["CE, last step"][5] == "0.625"
+    assert header[7:] == [f"paper, Qwen3-4B: {c}" for c in (*READS["table1"].split(), "average")]       # of this model, benchmark by benchmark
+    assert lines["CE"][7:] == ["87.3", "83.6", "67.6", "55.7", "70.4", "72.9"]
+    one_less = [row for row in rows if not (row["model"].endswith("seed0/ce/final") and row["benchmark"] == "beyond_aime")]
+    lines, _ = table(world, one_less, "table1", tmp_path / "less")
+    assert lines["CE, last step"][:7] == ["0.625", "0.625", "0.625", "-", "0.625", "-", "0.0200"]
+    assert lines["PPO"][:7] == ["-"] * 7
+    none = [row for row in rows if row["benchmark"] != "beyond_aime"]                                   # never measured: a column all the same
+    lines, header = table(world, none, "table1", tmp_path / "none")
+    assert header[3] == "AVG@K, beyond_aime" and lines["CE, last step"][3] == lines["CE, last step"][5] == lines["base"][5] == "-"
+    spec = json.loads(evaluate.PAPER.read_text())["tables"]["table5"]                                   # HMMT Feb 25, although five were measured
+    assert [header for header, *_ in evaluate.our_columns(spec, evaluate.read_world(world))] == ["AVG@K, hmmt_feb25", "KL (nats/token)"]
+
+
+def test_table_3_reads_its_own_steps_beside_the_longer_run_of_table_4(qwen, tmp_path, capsys):
+    world, rows = qwen
+    lines, _ = table(world, rows, "table3", tmp_path / "three")
+    kept = evaluate.read_world(world)
+    assert [round(evaluate.number(kept, "0", "accuracy", f"online@{k}", ["hmmt_feb25"]), 2) for k in (25, 50)] == [0.25, 0.5]
+    assert lines["base + 25 steps"][0] == "0.250" and lines["base + 50 steps"][0] == "0.500"
+
+
+def test_best_start_and_length_name_their_benchmark(qwen):
+    world, rows = qwen
+    for row in rows:
+        row["mean_length"] = 30.0 if row["benchmark"] == "aime24" else 40.0
+        if row["model"].endswith("seed0/ce/step-0010") and row["benchmark"] == "hmmt_feb25":
+            row["avg_at_k"] = 0.9                                   # better there, and nowhere else
+    (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = evaluate.read_world(world)
+    assert kept["selection"] == "hmmt_feb25" and evaluate.checkpoint(kept, "0", "ce@best")[1] == 10
+    assert evaluate.checkpoint(kept, "0", "b2/ce@start")[1] == 10 and evaluate.checkpoint(kept, "0", "ce@start")[1] == 0
+    assert evaluate.number(kept, "0", "length@aime24", "ce", ["hmmt_feb25"]) == 30 and evaluate.number(kept, "0", "length@hmmt_feb25", "ce", ["aime24"]) == 40
+
+
+def test_what_lacks_a_row_is_told_by_benchmark_and_half_the_kl_is_found(qwen, tmp_path, capsys):
+    world, rows = qwen
+    for step, kl in ((5, 0.001), (10, 0.009), (15, 0.012)):
+        rows.append(fake_row(world, f"seed0/ce/step-{step:04d}", 0.5, kl, "kl"))
+    out = tmp_path / "results.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ce, student, online = (f"{world}/seed0/{x}/final" for x in ("ce", "ce-student", "online/update025"))
+    ask = ["evaluate.py", "--missing", "--out", out, "--model", ce, online, student, "new", "--data"]
+    assert conftest.run_here(*ask, "hmmt_feb25=x.jsonl:32") == 0 and capsys.readouterr().out.split() == ["new"]
+    assert conftest.run_here(*ask, "hmmt_feb25=x.jsonl:32", "aime24=y.jsonl:32") == 0 and capsys.readouterr().out.split() == [online, "new"]
+    assert conftest.run_here(*ask, "hmmt_feb25=x.jsonl:32", "--judge-url", "u", "--judge-model", "m") == 0 and len(capsys.readouterr().out.split()) == 4
+    models = [*(f"seed0/ce/step-{step:04d}" for step in (5, 10, 15)), ce]                               # the last one's is 0.02
+    assert conftest.run_here("evaluate.py", "--pick", "kl", "--nearest-kl", 0.5, "--out", out, "--model", *models) == 0
+    assert capsys.readouterr().out.split() == ["seed0/ce/step-0010"]
