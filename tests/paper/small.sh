@@ -13,7 +13,7 @@
 # At 1B the card is full (leave out --kl-kind exact); 1.5B needs two of them: NPROC=2 and --shard in $train below.
 
 small() {
-  local out=${SMALL:-runs/small} model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} seed dir
+  local out=${SMALL:-runs/small} model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} seed dir first
   # Sizes: about the paper's on a GPU, what two CPU cores do in an hour and a half without one. No search: LR is the
   # first that does not leave pi_old in one step, BETA x length is below the paper's 0.001 x 20,000.
   local prompts=96 responses=8 batch=8 steps=36 distill=12 every=6 problems=150 k=4 train="--micro-tokens 2048 --no-checkpointing"
@@ -38,9 +38,11 @@ small() {
     # The control: one stage, the teacher's loss with the student's KL term, as many steps as the teacher.
     step "$dir/control1/teacher/final" $PY teacher.py --model "$model" --rollouts "$dir/round1/rollouts" --out "$dir/control1/teacher" \
       --seed "$seed" --loss ce --beta "${BETA:-1}" --steps "$steps" --kl-coef 1 --kl-kind exact $shared
-    # Whole paths: accuracy, pass@K and KL on the same top-p 1 samples.
+    # Whole paths: accuracy, pass@K and KL on the same top-p 1 samples. The first checkpoints of teacher and control are
+    # those that come nearest to the student's KL, and so the ones that it has to beat.
+    first=$(printf 'step-%04d' "$every")
     compare "$model" $(checkpoints "$dir/round1/teacher" "$steps" $((2 * every))) $(checkpoints "$dir/round1/student" "$distill" "$every") \
-      $(checkpoints "$dir/control1/teacher" "$steps" $((2 * every)))
+      $(checkpoints "$dir/control1/teacher" "$steps" $((2 * every))) "$dir/round1/teacher/$first" "$dir/control1/teacher/$first"
   done
   step "" python evaluate.py --report "$out" --title "pretrained model ${model##*/}"
 }
