@@ -1045,13 +1045,17 @@ def paper_figure(plt, name, spec, worlds, folder):
     return text
 
 
-def report_tables(folder, names, runs, title=""):
-    """Write FOLDER/report.md: tables and figures of the paper, ours beside the paper's, and its claims with a verdict from the data."""
+def report_tables(folder, names, runs, title="", models=None):
+    """Write FOLDER/report.md: tables and figures of the paper, ours beside the paper's, and its claims with a verdict from the data.
+
+    models: folders of `runs`, all by default. Runs are shared: beside those of a table stand what others needed of other models.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     paper = json.loads(PAPER.read_text())
-    worlds = [world for path in sorted(Path(runs).glob("*/results.jsonl")) if (world := read_world(path.parent))["base"]]
+    paths = [path.parent for path in sorted(Path(runs).glob("*/results.jsonl")) if not models or path.parent.name in models]
+    worlds = [world for path in paths if (world := read_world(path))["base"]]
     if not worlds:
         raise InputError(f"{runs} has no MODEL/results.jsonl with a row of its base: ./run_rounds.sh tableN makes them")
     if unknown := set(names) - set(paper["tables"]) - set(paper["figures"]):
@@ -1098,6 +1102,7 @@ def parse_args(argv=None):
     arg("--report", type=Path, metavar="RUNDIR", help="write RUNDIR/report.md and figures from finished runs, measure nothing")
     arg("--tables", nargs="+", metavar="NAME", help="with --report: table1 to table12, fig4 to fig10 of the paper, from the runs in --runs")
     arg("--runs", type=Path, default=Path("runs/tables/runs"), help="with --tables: the folder of MODEL/seedN/RUN")
+    arg("--models", nargs="+", metavar="MODEL", help="with --tables: only these folders of --runs")
     arg("--title", default="", help="with --report: what the results are of")
     arg("--movement", nargs="+", type=Path, metavar="RUN", help="runs of distill.py: which tokens moved (Fig. 7), into their run.json")
     arg("--pick", metavar="BENCHMARK", help="print the best of --model by the rows in --out; measure nothing")
@@ -1147,7 +1152,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     if args.tables:
-        return report_tables(args.report, args.tables, args.runs, args.title)
+        return report_tables(args.report, args.tables, args.runs, args.title, args.models)
     if args.report:
         if not args.report.is_dir():
             raise InputError(f"{args.report} is not a folder: give the one that holds results.jsonl")

@@ -548,10 +548,11 @@ tables() {                            # tables NAME...   every model and seed of
     done
   done
   while [ -n "$(jobs -p)" ]; do wait -n; done
-  local out=$TABLES/$1 title="demonstration world"
+  local out=$TABLES/$1 title="demonstration world" worlds=""
+  for model in $list; do worlds="$worlds $(basename "$model") $(basename "$model")-code"; done
   if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
   if [ -n "$REAL" ]; then title=${MODEL:-${MODELS:-models of the paper}}; fi
-  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --title "$title"
+  step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --models $worlds --title "$title"
   if [ -n "${REHEARSE:-}" ] && [ -z "${DRY_RUN:-}" ]; then     # what it took, and what the whole recipe would cost
     DRY_RUN=1 REHEARSE= PROMPTS=$POLARIS TABLES=$TABLES ./run_rounds.sh "$command" | python tests/paper/cost.py "$TABLES" --length "$LENGTH"
   fi
