@@ -91,6 +91,14 @@ def children(pid):
         return []
 
 
+def command_line(pid):
+    """Of a running process; "" once it is gone, as the driver's own helpers are at once."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return ""
+
+
 def gone(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -747,7 +755,7 @@ def test_the_driver_is_killed_anywhere_and_finishes_with_the_same_results(tmp_pa
 def test_two_drivers_in_one_folder_are_refused_and_sigterm_reaches_the_stage(tmp_path):
     out = tmp_path / "demo"
     first = driver(out, TOY="--steps 100000")
-    stage = wait_for(lambda: [c for c in children(first.pid) if b"toy.py" in Path(f"/proc/{c}/cmdline").read_bytes()])[0]
+    stage = wait_for(lambda: [c for c in children(first.pid) if "toy.py" in command_line(c)])[0]
     second = driver(out)
     assert second.wait(30) == 2 and Path(f"{out}.log").read_text().count("another run is at work") == 1
     dry = driver(out, DRY_RUN="1")
