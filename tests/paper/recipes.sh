@@ -524,7 +524,7 @@ tables() {                            # tables NAME...   every model and seed of
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi     # on a small model two jobs of one thread do twice the work of one job of two
   for model in $list; do
     free
-    where=$TABLES/runs/${model##*/}
+    where=$TABLES/runs/$(basename "$model")
     rehearsal
     if [ -n "$REAL" ]; then paper "$model"; else demonstration "$model"; fi
     for name in "$@"; do              # once, before the seeds run beside each other
