@@ -36,7 +36,8 @@ def test_two_ranks_match_one_process_in_the_teacher(tiny, tmp_path, loss):
             "--beta", 0.5, "--value-steps", 4, "--value-lr", "1e-2", "--micro-tokens", 120, *COMMON)
     if loss == "ppo":
         values = [torch.load(tmp_path / f"ppo{n}" / "value" / "values.pt", weights_only=True) for n in (1, 2)]
-        assert (values[0] - values[1]).abs().max() < 1e-5 and values[0].std() > 0.01
+        # values are at most 1; rounding alone has moved them by 1.1e-5 on some processors
+        assert (values[0] - values[1]).abs().max() < 1e-4 and values[0].std() > 0.01
     assert largest_gap(weights(tmp_path / f"{loss}1"), weights(tmp_path / f"{loss}2")) < 1e-5
     first, second = ([json.loads(line) for line in (tmp_path / f"{loss}{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
     for a, b in zip(first, second, strict=True):

@@ -182,7 +182,7 @@ validate() {                          # validate CHECKPOINT...   on the demonstr
   if [ -n "$validation" ]; then score "$validation" "$SCORE" "$@"; fi
 }
 
-pick() {                              # pick BENCHMARK FLAGS CHECKPOINT...   one of them, by the rows of that benchmark
+choose() {                            # choose BENCHMARK FLAGS CHECKPOINT...   one of them, by the rows of that benchmark
   local checkpoint names=""
   for checkpoint in "${@:3}"; do names="$names $(at "$checkpoint")"; done
   checkpoint=$(python evaluate.py --pick "$1" $2 --model $names --out "$where/results.jsonl")
@@ -193,13 +193,13 @@ best() {                              # best CHECKPOINT...   the most accurate o
   if [ -n "${DRY_RUN:-}" ]; then echo "$1"; return; fi
   measure "$@" >&2
   validate "$@" >&2
-  if [ -n "$validation" ]; then pick validation "" "$@"; else pick "$(selection)" "" "$@"; fi
+  if [ -n "$validation" ]; then choose validation "" "$@"; else choose "$(selection)" "" "$@"; fi
 }
 
 half_kl() {                           # half_kl RUN STEPS EVERY   its checkpoint with half the last one's KL; DRY_RUN takes the middle one
   if [ -n "${DRY_RUN:-}" ]; then printf '%s/step-%04d\n' "$1" "$(($2 / 2))"; return; fi
   if [ -n "$SCORE_KL" ]; then score "$(kl_data)" "$SCORE_KL" $(path "$@") >&2; else validate $(path "$@") >&2; fi
-  pick "$([ -n "$SCORE_KL" ] && echo kl || echo validation)" "--nearest-kl 0.5" $(path "$@")
+  choose "$([ -n "$SCORE_KL" ] && echo kl || echo validation)" "--nearest-kl 0.5" $(path "$@")
 }
 
 movement() {                          # movement RUN...   what the tokens of a run did, into its run.json
