@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rollout import InputError, Parser, checkpoint_fingerprint, defer_signals, run_main, write_atomic, write_json
+from rollout import InputError, Parser, checkpoint_fingerprint, defer_signals, one_writer, run_main, write_atomic, write_json
 from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, leave, load_moments, load_policy, load_rollouts, local,
                      log_ratio, memory_advice, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp,
                      shard_over_ranks, split_summary, start_run, step_batches, step_metrics, stop_asked, stop_if_not_finite, token_sums)
@@ -234,6 +234,7 @@ def main():
     teacher_logp, denom_logp = role_logp(args.teacher), role_logp(args.denominator)
     signal = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
     mean, std = whitening(values for values, _ in signal_of_responses(*signal))     # of step 0, if live
+    one_writer(args.out)
     if rank == 0:
         statistics = signal_statistics(signal_of_responses(*signal), mean, std, response_lengths[usable].sum().item())
         write_json(args.out / "run.json", run | {"signal": statistics})

@@ -710,7 +710,6 @@ def start_run(out, args, rank, **facts):
     check_out(out)
     if any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in Path(out).glob("*")):
         raise InputError(f"{out} is not empty and holds no run.json: use another --out")
-    one_writer(out)
     git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     if dist.is_initialized():
@@ -941,6 +940,7 @@ def main():
                    trust_remote_code=args.trust_remote_code, shard=args.shard)
     old_logp = score(old, rollouts, **options)
     ref_logp = score(args.model, rollouts, **options) if args.ref == "start" else old_logp
+    one_writer(args.out)
     if rank == 0:
         write_json(args.out / "run.json", run)
     caught = defer_signals()                                # from here on a signal waits for the end of a step
