@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from rollout import InputError, checkpoint_fingerprint, defer_signals, run_main, write_atomic, write_json
+from rollout import InputError, Parser, checkpoint_fingerprint, defer_signals, one_writer, run_main, write_atomic, write_json
 from teacher import (Policy, check_tokenizer, clip_gradients, find_old, idle_inputs, leave, load_moments, load_policy, load_rollouts, local,
                      log_ratio, memory_advice, micro_batches, newest_save, pad_responses, read_metrics, save_step, score, setup_ddp,
                      shard_over_ranks, split_summary, start_run, step_batches, step_metrics, stop_asked, stop_if_not_finite, token_sums)
@@ -52,33 +52,62 @@ def mask_signal(signal, positive, keep="all"):
     return signal
 
 
-def whitening(signal, mask):
-    """(mean, std) of the signal over response tokens, in fp64: fp32 sums over 10^8 tokens would not hold."""
-    values = signal[mask.bool()].double()
-    return values.mean(), values.std(correction=0)
+def signal_of_responses(rollouts, usable, teacher_logp, denom_logp, keep="all"):
+    """Yield (A_hat before whitening [T], whether it is positive) of each usable response (Sec. 3.3, 3.4).
+
+    One at a time: the signal of all responses at once would have the size of all tokens.
+    """
+    bounds, positive = rollouts["response_offsets"], rollouts["reward"] > 0
+    for i in usable.nonzero()[:, 0]:
+        span = slice(bounds[i], bounds[i + 1])
+        yield mask_signal(teacher_logp[span] - denom_logp[span], positive[i], keep), bool(positive[i])
+
+
+def whitening(parts):
+    """(mean, std) of a signal that comes in parts (flat tensors), in one fp64 pass: fp32 sums over 10^8 tokens would not hold."""
+    count, mean, m2 = 0, 0.0, 0.0                           # m2: sum of squared distances from the mean
+    for part in parts:
+        if len(part) == 0:
+            continue
+        values = part.double()
+        shift = values.mean().item() - mean
+        m2 += (values - values.mean()).square().sum().item() + shift ** 2 * count * len(part) / (count + len(part))
+        mean += shift * len(part) / (count + len(part))
+        count += len(part)
+    return mean, math.sqrt(m2 / count)
+
+
+def standardize(signal, mean, std, mask):
+    """(signal - mean) / std in fp64, 0 outside the mask, in the signal's own type."""
+    return ((signal.double() - mean) / (std + 1e-8)).to(signal.dtype).masked_fill(mask == 0, 0.0)
 
 
 def whiten(signal, mask):
     """Zero mean and unit variance over response tokens (Sec. 3.3), 0 outside the mask; any shape, mask of the same shape."""
-    mean, std = whitening(signal, mask)
-    return ((signal.double() - mean) / (std + 1e-8)).to(signal.dtype).masked_fill(mask == 0, 0.0)
+    return standardize(signal, *whitening([signal[mask.bool()]]), mask)
 
 
-def signal_statistics(signal, positive):
-    """What run.json keeps of the raw signal: moments, percentiles, and a histogram by kind of response (Fig. 10)."""
-    values = signal.double()
-    mean, std = values.mean(), values.std(correction=0)
-    edges = torch.linspace(-5, 5, 51, dtype=torch.float64)
-    inside = values.clamp(-5, 5)                            # the first and last bin hold what lies beyond
-    # torch.quantile refuses more than 2^24 values
-    ranked = values.sort().values
+def signal_statistics(responses, mean, std, tokens):
+    """What run.json keeps of the raw signal: moments, percentiles, and a histogram by kind of response (Fig. 10).
+
+    responses: of signal_of_responses, with `tokens` tokens in all. The percentiles are of every n-th token, n such that
+    a million are left: exact up to two million tokens.
+    """
+    edges, every = torch.linspace(-5, 5, 51, dtype=torch.float64), max(1, tokens // 10 ** 6)
+    histogram = {kind: torch.zeros(len(edges) - 1, dtype=torch.float64) for kind in (True, False)}
+    sample, seen, fourth, below, positives = [], 0, 0.0, 0, 0
+    for signal, positive in responses:
+        values = signal.double()
+        sample.append(values[-seen % every::every])
+        seen += len(values)
+        fourth += ((values - mean) / (std + 1e-8)).pow(4).sum().item()
+        histogram[positive] += torch.histogram(values.clamp(-5, 5), edges).hist     # the first and last bin hold what lies beyond
+        below, positives = below + positive * (values < 0).sum().item(), positives + positive * len(values)
+    ranked = torch.cat(sample).sort().values
     percentiles = {f"p{q}": ranked[min(len(ranked) - 1, int(len(ranked) * q / 100))].item() for q in (1, 50, 99)}
-    return {"mean": mean.item(), "std": std.item(), **percentiles,
-            "kurtosis": (((values - mean) / (std + 1e-8)) ** 4).mean().item(),
-            "share_below_zero_on_positives": (values[positive] < 0).double().mean().item(),
-            "histogram_edges": edges.tolist(),
-            "histogram_positive": torch.histogram(inside[positive], edges).hist.tolist(),
-            "histogram_negative": torch.histogram(inside[~positive], edges).hist.tolist()}
+    return {"mean": mean, "std": std, **percentiles, "kurtosis": fourth / tokens,
+            "share_below_zero_on_positives": below / positives if positives else math.nan, "histogram_edges": edges.tolist(),
+            "histogram_positive": histogram[True].tolist(), "histogram_negative": histogram[False].tolist()}
 
 
 # ---- the loss -----------------------------------------------------------------------------------------------------------
@@ -118,7 +147,7 @@ def kl_to_old(policy, rollouts, indices, micro_tokens, shard=False):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     # Checkpoints and data
     arg("--student", required=True, help="where training starts: pi_old, or the first student of an ensemble (Table 8)")
@@ -193,23 +222,22 @@ def main():
     # ---- the signal, from scores that are computed once ------------------------------------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
                    trust_remote_code=args.trust_remote_code, shard=args.shard)
-    old_logp = score(old, args.rollouts, **options)
+    old_logp = score(old, rollouts, **options)
 
     def role_logp(role):
         """Log-probs of numerator or denominator; `live` starts as the student."""
         if role == "none":
-            return torch.zeros_like(old_logp)
-        return old_logp if role == "old" else score(args.student if role == "live" else role, args.rollouts, **options)
+            return torch.zeros(1).expand_as(old_logp)
+        return old_logp if role == "old" else score(args.student if role == "live" else role, rollouts, **options)
 
     lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
-    teacher_logp = role_logp(args.teacher)
-    positive = (rollouts["reward"] > 0).repeat_interleave(response_lengths)         # per response token
-    token_usable = usable.repeat_interleave(response_lengths)
-    signal = mask_signal(teacher_logp - role_logp(args.denominator), positive, args.positive_signal)
-    mean, std = whitening(signal, token_usable)
-    adv = whiten(signal, token_usable)                                              # fixed from here on, unless live
+    teacher_logp, denom_logp = role_logp(args.teacher), role_logp(args.denominator)
+    signal = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
+    mean, std = whitening(values for values, _ in signal_of_responses(*signal))     # of step 0, if live
+    one_writer(args.out)
     if rank == 0:
-        write_json(args.out / "run.json", run | {"signal": signal_statistics(signal[token_usable], positive[token_usable])})
+        statistics = signal_statistics(signal_of_responses(*signal), mean, std, response_lengths[usable].sum().item())
+        write_json(args.out / "run.json", run | {"signal": statistics})
 
     # ---- the one model that trains ---------------------------------------------------------------------------------------
     home = "cpu" if args.shard else device                                          # sharding puts each rank's part on its GPU
@@ -241,12 +269,13 @@ def main():
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1           # DDP: one all-reduce per step
             idx = batch[micro]
-            input_ids, mask, old_lp, teacher_lp, a_hat = pad_responses(rollouts, idx, device, old_logp, teacher_logp, adv)
+            input_ids, mask, old_lp, teacher_lp, denom_lp = pad_responses(rollouts, idx, device, old_logp, teacher_logp, denom_logp)
             reward = rollouts["reward"][idx].to(device)
             logp, entropy, exact_kl = model(input_ids, mask, exact)
-            if args.denominator == "live":                                          # Fig. 7: follows the student, detached
-                live = mask_signal(teacher_lp - logp.detach(), reward[:, None] > 0, args.positive_signal)
-                a_hat = (live - mean.item()) / (std.item() + 1e-8) * mask
+            if args.denominator == "live":                                          # Fig. 7: follows the student
+                denom_lp = logp.detach()
+            signal = mask_signal(teacher_lp - denom_lp, reward[:, None] > 0, args.positive_signal)
+            a_hat = standardize(signal, mean, std, mask)                            # Sec. 3.3: whitened over all responses
             loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef, args.entropy_coef, exact_kl)
             loss = loss / n_tokens
             (loss * world).backward()                                               # DDP averages over ranks; we want the sum
@@ -280,7 +309,7 @@ def main():
         m = {"step": step, "loss": sums[0].item(), "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
              "tok_per_s": n_tokens / seconds, "seconds": seconds,
              "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
-             **step_metrics(sums[1:]), "signal_mean": mean.item(), "signal_std": std.item(), "kl_new_old": kl}
+             **step_metrics(sums[1:]), "signal_mean": mean, "signal_std": std, "kl_new_old": kl}
         metrics.append(json.dumps(m) + "\n")
         stop = stop_asked(caught, device)
         if rank == 0:

@@ -35,11 +35,11 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from rollout import (ASK_FOR_BOX, InputError, RunError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
+from rollout import (ASK_FOR_BOX, InputError, Parser, RunError, check_out, check_weights, checkpoint_fingerprint, count_grading, grading_pool, last_boxed, load_prompts,
                      load_shards, load_tokenizer, one_line, read_json, resolve_checkpoint, run_main, sample_rollouts, tokenizer_fingerprint,
                      write_atomic, write_json, writing)
 from rollout import parse_args as parse_rollout_args
-from teacher import find_old, load_rollouts, score, setup_ddp
+from teacher import find_old, load_rollouts, response_ids, score, setup_ddp
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -208,11 +208,11 @@ def evaluate(model, benchmark, args, pool, rank, world):
     options = dict(micro_tokens=args.micro_tokens, trust_remote_code=args.trust_remote_code, shard=args.shard)
     entropy = kl = None
     if args.temperature > 0:                                # greedy samples have neither
-        logp, entropies = score(model, folder, with_entropy=True, **options)
+        logp, entropies = score(model, data, with_entropy=True, **options)
         entropy = entropies.double().mean().item()
         if args.base:                                       # reverse KL, on samples of the new policy
             same = checkpoint_fingerprint(args.base) == fingerprint
-            kl = 0.0 if same else (logp - score(args.base, folder, **options)).double().mean().item()
+            kl = 0.0 if same else (logp - score(args.base, data, **options)).double().mean().item()
     if rank == 0:                                           # the others need not read the shards again
         grading = {k: v for k, v in count_grading(load_shards(folder)).items() if k != "verified"}
         if any(grading.values()):
@@ -221,7 +221,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     judged = counts = None
     if args.judge_url and rank == 0:
         tokenizer, bounds = load_tokenizer(model, args.trust_remote_code), data["response_offsets"]
-        ids = [data["input_ids"][b - (r1 - r0):b] for b, r0, r1 in zip(data["offsets"][1:], bounds, bounds[1:])]
+        ids = [response_ids(data, i)[-int(bounds[i + 1] - bounds[i]):] for i in range(len(data["reward"]))]
         accepted, counts = judge(args, {p["index"]: p for p in load_prompts(file)}, tokenizer.batch_decode(ids), data["prompt_index"],
                                  (data["reward"] == 0) & ~data["truncated"], folder / f"judge-{re.sub(r'[^A-Za-z0-9.-]+', '_', args.judge_model)}.json")
         judged = (data["reward"].bool() | accepted).double().mean().item()
@@ -295,18 +295,18 @@ def add_movement(run):
     options = dict(temperature=args["logp_temperature"], micro_tokens=args["micro_tokens"], trust_remote_code=args["trust_remote_code"])
     rollouts, values = load_rollouts(args["rollouts"]), run / "value" / "values.pt"
     if "teacher" in args:
-        student, teacher, old = (score(policy, args["rollouts"], **options) for policy in (run / "final", args["teacher"], find_old(rollouts, args["old"])))
+        student, teacher, old = (score(policy, rollouts, **options) for policy in (run / "final", args["teacher"], find_old(rollouts, args["old"])))
         moved = movement(student, teacher, old)
     else:
         right = (rollouts["reward"] > 0).repeat_interleave(rollouts["response_offsets"].diff())
-        tokens = torch.load(values, weights_only=True) if values.exists() else score(run / "final", args["rollouts"], **options).exp()
+        tokens = torch.load(values, weights_only=True) if values.exists() else score(run / "final", rollouts, **options).exp()
         moved = {"what": "value of a linear critic" if values.exists() else "pi(a|s) of the trained policy"}
         for kind, mask in (("positive", right), ("negative", ~right)):
             moved[kind] = torch.histc(tokens[mask].float().clamp(0, 1), 25, 0, 1).tolist()
         if args["loss"] == "sft":
             last = len((run / "metrics.jsonl").read_text().splitlines())
             saved = {0: args["model"], **{int(p.name[5:]): p for p in sorted(run.glob("step-????"))}, last: run / "final"}
-            probs = {step: score(policy, args["rollouts"], **options).exp() for step, policy in saved.items()}
+            probs = {step: score(policy, rollouts, **options).exp() for step, policy in saved.items()}
             moved["path"] = [[step, x[right].mean().item(), x[~right].mean().item()] for step, x in probs.items()]
     if setup_ddp()[0] == 0:
         write_json(path, info | {"movement": moved})
@@ -1097,7 +1097,7 @@ def report_tables(folder, names, runs, title="", models=None):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     arg("--report", type=Path, metavar="RUNDIR", help="write RUNDIR/report.md and figures from finished runs, measure nothing")
     arg("--tables", nargs="+", metavar="NAME", help="with --report: table1 to table12, fig4 to fig10 of the paper, from the runs in --runs")

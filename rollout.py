@@ -18,6 +18,7 @@ import contextlib
 import csv
 import ctypes
 import decimal
+import fcntl
 import fractions
 import functools
 import hashlib
@@ -67,6 +68,13 @@ class RunError(RuntimeError):
     """A run cannot go on: a full disk, a NaN. The message is one line: what, where, and what to do; exit code 1."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose own complaints (an unknown flag, a wrong choice) are one line and exit code 2 like all others."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the options")
+
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)              # a cluster that wants its machine back, and Ctrl-C
 
 
@@ -113,6 +121,8 @@ def run_main(main, memory_advice=None):
         traceback.print_exc()
     for number, handler in before.items():                  # for tests, which call this more than once
         signal.signal(number, handler)
+    for folder in list(LOCKS):
+        release(folder)
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():                  # gloo's destructor can wait for a thread that waits for Python's
@@ -155,6 +165,44 @@ def is_alive(pid):
     return pid != os.getpid()
 
 
+def exchange(a, b):
+    """Swap two folders in one step of the kernel, so that neither name is ever absent; by renaming where it cannot."""
+    here, swap = -100, 2                                    # AT_FDCWD, RENAME_EXCHANGE
+    if ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap):
+        aside = b.with_name(f"{a.name}.aside.partial")
+        os.rename(b, aside)
+        os.rename(a, b)
+        os.rename(aside, a)
+
+
+LOCKS = {}                                                  # folder -> the open file that holds its lock
+
+
+def one_writer(folder):
+    """Keep a second run out of a folder until `release` or the end of this process, however it ends; InputError if one is at work.
+
+    A lock for each rank: those of one run write side by side, and those of a second run meet their own numbers.
+    Also used by teacher.py.
+    """
+    path = Path(folder) / f".writer-{os.environ.get('RANK', '0')}"
+    if str(folder) in LOCKS:
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{folder}: another run is at work in it; wait for its end, or use another --out") from error
+    LOCKS[str(folder)] = file
+
+
+def release(folder):
+    if str(folder) in LOCKS:
+        LOCKS.pop(str(folder)).close()
+
+
 def write_atomic(path, write):
     """Call write(temporary path), flush to disk, rename to `path`: a reader never sees half a file, or half a folder."""
     path, host = Path(path), os.uname().nodename
@@ -171,8 +219,12 @@ def write_atomic(path, write):
                     with open(file, "rb") as f:
                         os.fsync(f.fileno())
             if path.is_dir():
-                shutil.rmtree(path)                         # a folder can only take the place of an empty one
-            os.replace(partial, path)
+                exchange(partial, path)                     # what was there is removed below
+            else:
+                os.replace(partial, path)
+            folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, has to survive a power cut
+            os.fsync(folder)
+            os.close(folder)
         finally:
             remove(partial)
 
@@ -940,10 +992,15 @@ def load_shards(folder):
     return shards
 
 
-def join_shards(shards):
+PER_TOKEN = ("input_ids", "sampler_logp")
+
+
+def join_shards(shards, tokens=True):
     """One dict over all responses: the flat tensors of the shards joined, plus response_offsets [N+1] into flat
-    per-response-token tensors such as log-probs. Also used by teacher.py, distill.py and evaluate.py."""
-    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key not in ("offsets", "reward_think")}
+    per-response-token tensors such as log-probs. tokens=False leaves out what has the size of all tokens, which at the
+    paper's size is gigabytes that stay memory-mapped instead. Also used by teacher.py."""
+    left_out = ("offsets", "reward_think", *(() if tokens else PER_TOKEN))
+    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key not in left_out}
     if any("reward_think" in s for s in shards):            # a shard in which no response thinks has none
         joined["reward_think"] = torch.cat([s.get("reward_think", torch.zeros_like(s["reward"])) for s in shards])
     lengths = torch.cat([s["offsets"].diff() for s in shards])
@@ -1015,6 +1072,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
     start, n_tokens = time.time(), 0
     if missing:
         check_out(args.out)
+        one_writer(args.out)
         generate, close = open_engine(args.model, engine, tokenizer, local_rank, args.tensor_parallel, args.max_model_len,
                                       args.gpu_memory_utilization, args.trust_remote_code)
         bar = tqdm(total=sum(map(len, missing.values())) * args.num_responses, desc="sampling", unit="resp", disable=rank > 0)
@@ -1030,6 +1088,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
             bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
         bar.close()
         close()
+        release(args.out)
     rate = n_tokens / max(time.time() - start, 1e-9)
     return rate * sum(map(bool, shares)) if missing else None                       # of all engines together, as fast as this one
 
@@ -1043,7 +1102,7 @@ def count_grading(shards):
 def summarize(folder, rate):
     """Write rollouts.json and print one line: what a run is worth before anything is trained on it."""
     shards = load_shards(folder)
-    r, grading = join_shards(shards), count_grading(shards)
+    r, grading = join_shards(shards, tokens=False), count_grading(shards)
     groups = [r["reward"][r["prompt_index"] == i] for i in r["prompt_index"].unique()]
     summary = {"responses": len(r["reward"]), "prompts": len(groups), "pass_rate": r["reward"].mean().item(),
                "all_right": sum(g.min() == 1 for g in groups).item() / len(groups) if groups else 0.0,
@@ -1059,7 +1118,7 @@ def summarize(folder, rate):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     # Model and data
     arg("--model", required=True, help="the policy that writes the rollouts, pi_old: folder or hub name")

@@ -42,8 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rollout import (InputError, RunError, check_out, check_weights, checkpoint_fingerprint, defer_signals, is_flat, join_shards, load_lm,
-                     load_shards, load_tokenizer, one_line, read_json, read_tensors, remove, run_main, tokenizer_fingerprint, write_atomic, write_json)
+from rollout import (InputError, Parser, RunError, check_out, check_weights, checkpoint_fingerprint, defer_signals, is_flat, join_shards, load_lm,
+                     load_shards, load_tokenizer, one_line, one_writer, read_json, read_tensors, remove, run_main, tokenizer_fingerprint, write_atomic, write_json)
 
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------------------
@@ -319,22 +319,37 @@ def group_advantages(reward, prompt_index):
 # ---- data: whole responses, right-padded -------------------------------------------------------------------------------
 
 def load_rollouts(folder):
-    """Joined shards with their fingerprint added. Also used by distill.py."""
-    rollouts = join_shards(load_shards(folder))
+    """The responses of a rollouts folder, read and fingerprinted once a run. Also used by distill.py and evaluate.py.
+
+    What is per response is joined (join_shards); token ids stay in the memory-mapped shards, whose pages the ranks of a
+    machine share: `response_ids` finds them.
+    """
+    shards = load_shards(folder)
+    rollouts = join_shards(shards, tokens=False)
+    rollouts |= {"folder": Path(folder), "shards": shards,
+                 "first_response": torch.tensor([0, *(len(s["reward"]) for s in shards)]).cumsum(0)[:-1]}
     for key, kind in (("model", str), ("model_fingerprint", str), ("tokenizer_fingerprint", str), ("temperature", (int, float))):
         if not isinstance(rollouts["meta"].get(key), kind):
             raise InputError(f"{folder}: the meta of its shards has no {key}: sample again with this rollout.py")
     digest = hashlib.sha256()
     for key in ("input_ids", "offsets", "prompt_len", "prompt_index", "reward"):
-        digest.update(rollouts[key].numpy().tobytes())
+        for part in [s[key] for s in shards] if key == "input_ids" else [rollouts[key]]:
+            digest.update(part.numpy())                     # its buffer, not a copy
     rollouts["fingerprint"] = digest.hexdigest()
     return rollouts
+
+
+def response_ids(rollouts, index):
+    """Token ids of a response with its prompt: a view of its memory-mapped shard. Also used by evaluate.py."""
+    number = torch.searchsorted(rollouts["first_response"], index, right=True) - 1
+    shard, within = rollouts["shards"][number], index - rollouts["first_response"][number]
+    return shard["input_ids"][shard["offsets"][within]:shard["offsets"][within + 1]]
 
 
 def pad_responses(rollouts, indices, device, *token_values):
     """Micro-batch of responses: input_ids (B, T), mask (B, T-1), then each flat per-response-token tensor as (B, T-1)."""
     start, end = rollouts["offsets"][indices], rollouts["offsets"][indices + 1]
-    ids = [rollouts["input_ids"][a:b].long() for a, b in zip(start, end)]
+    ids = [response_ids(rollouts, i).long() for i in indices]
     input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)                    # (B, T); the pad id is never looked at
     position = torch.arange(input_ids.shape[1] - 1)
     mask = (position >= rollouts["prompt_len"][indices, None] - 1) & (position < (end - start)[:, None] - 1)
@@ -474,12 +489,13 @@ def per_token(data, compute, micro_tokens, desc, shard=False):
 
 
 def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False, trust_remote_code=False, shard=False):
-    """log pi(a|s) of every response token of the rollouts folder under a checkpoint: flat fp32 [sum of response lengths].
+    """log pi(a|s) of every response token of the rollouts under a checkpoint: flat fp32 [sum of response lengths], memory-mapped.
 
-    Computed once and kept in ROLLOUTS/scores under the fingerprints of both and the temperature (default: the one
+    rollouts: their folder, or what load_rollouts read from it. Computed once and kept in ROLLOUTS/scores under the fingerprints of both and the temperature (default: the one
     sampled with). Under torchrun the ranks share the work; all must call it. with_entropy: (logp, entropy in nats).
     """
-    data = load_rollouts(rollouts)
+    data = rollouts if isinstance(rollouts, dict) else load_rollouts(rollouts)
+    rollouts = data["folder"]
     rank, world, device = setup_ddp()
     temperature = data["meta"]["temperature"] if temperature is None else temperature
     if not 0 < temperature < math.inf:
@@ -504,7 +520,7 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
                                                      "entropy": values[1].clone()}, p))
         if world > 1:
             dist.barrier()
-    cached = read_tensors(path, "score file", "delete it, it will be computed again")
+    cached = read_tensors(path, "score file", "delete it, it will be computed again", mmap=True)
     ours = {"version": 1, "checkpoint": fingerprint, "rollouts": data["fingerprint"], "temperature": temperature}
     if not isinstance(cached, dict) or any(cached.get(key) != value for key, value in ours.items()) or not all(
             is_flat(cached.get(key), torch.float32) and len(cached[key]) == data["response_offsets"][-1] for key in ("logp", "entropy")):
@@ -518,9 +534,19 @@ def check_tokenizer(model, rollouts, trust_remote_code=False):
     if tokenizer_fingerprint(tokenizer) != rollouts["meta"]["tokenizer_fingerprint"]:
         raise InputError(f"{model} has another tokenizer than {rollouts['meta']['model']}, which wrote the rollouts: "
                          f"use a checkpoint of the same family, or sample again with this one")
-    if rollouts["input_ids"].max() >= check_weights(model, trust_remote_code):
+    if max(s["input_ids"].max() for s in rollouts["shards"]) >= check_weights(model, trust_remote_code):
         raise InputError(f"{model} has no weights for all token ids of the rollouts: its vocabulary is smaller than its tokenizer's")
     return tokenizer
+
+
+def sampler_gap(rollouts, old_logp):
+    """Mean |log-prob that the sampler reported - ours| in nats per token; NaN where it reported none."""
+    total = count = start = 0
+    for shard in rollouts["shards"]:                        # one at a time: together they have the size of all tokens
+        reported = shard["sampler_logp"]
+        distance = (reported - old_logp[start:start + len(reported)]).abs().double()
+        total, count, start = total + distance.nansum().item(), count + (~distance.isnan()).sum().item(), start + len(reported)
+    return total / count if count else math.nan
 
 
 def find_old(rollouts, old=None):
@@ -655,9 +681,12 @@ def start_run(out, args, rank, **facts):
     for k in ("model", "student", "teacher", "denominator", "old", "rollouts", "optimizer_from"):
         if args.fresh and arguments.get(k) and Path(out).resolve() in (Path(arguments[k]).resolve(), *Path(arguments[k]).resolve().parents):
             raise InputError(f"--fresh would delete {arguments[k]}, which --{k.replace('_', '-')} needs: use another --out")
+    if args.fresh and path.exists():
+        one_writer(out)
     if args.fresh and rank == 0 and path.exists():
         for old in sorted(Path(out).iterdir(), key=lambda p: p == path):            # run.json last, or a second try would not know the folder
-            remove(old)
+            if not old.name.startswith(".writer-"):         # a lock that is removed keeps nobody out
+                remove(old)
     if dist.is_initialized():
         dist.barrier()
     if path.exists():
@@ -674,11 +703,12 @@ def start_run(out, args, rank, **facts):
         finished = (Path(out) / "final").exists()
         if not finished:
             check_out(out)
+            one_writer(out)
         elif rank == 0:
             drop_states(out, "final", args.save_every)      # a kill may have come between the last save and this
         return run, finished
     check_out(out)
-    if any(p.suffix != ".partial" for p in Path(out).glob("*")):
+    if any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in Path(out).glob("*")):
         raise InputError(f"{out} is not empty and holds no run.json: use another --out")
     git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
@@ -828,7 +858,7 @@ def pair_accuracy(values, reward, prompt_index):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     # Checkpoints and data
     arg("--model", required=True, help="where training starts: pi_old, or another checkpoint with its tokenizer")
@@ -908,8 +938,9 @@ def main():
     # ---- reference log-probs, each scored once, and then the one model that trains ---------------------------------------
     options = dict(temperature=temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
                    trust_remote_code=args.trust_remote_code, shard=args.shard)
-    old_logp = score(old, args.rollouts, **options)
-    ref_logp = score(args.model, args.rollouts, **options) if args.ref == "start" else old_logp
+    old_logp = score(old, rollouts, **options)
+    ref_logp = score(args.model, rollouts, **options) if args.ref == "start" else old_logp
+    one_writer(args.out)
     if rank == 0:
         write_json(args.out / "run.json", run)
     caught = defer_signals()                                # from here on a signal waits for the end of a step
@@ -923,8 +954,8 @@ def main():
         if rank == 0:
             print(f"values: explained variance {value_variance:.3f}")
         ppo_adv = [ppo_advantages(rollouts, usable, values)]
-    gap = (rollouts["sampler_logp"] - old_logp).abs().nanmean().item()              # NaN where the sampler reported none
-    if rank == 0 and math.isfinite(gap):
+    gap = sampler_gap(rollouts, old_logp) if rank == 0 else math.nan
+    if math.isfinite(gap):
         print(f"sampler against pi_old: mean |difference of log-probs| {gap:.2e} nats per token")
         summary = args.rollouts / "rollouts.json"
         if summary.exists():                                # beside what rollout.py says of the batch

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import platform
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -166,10 +167,13 @@ def main():
     p.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--table", action="store_true")
+    p.add_argument("--peers", action="store_true", help="tests/bench_peers.py: one optimizer step of ours and of TRL's")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if args.table:
         return table()
+    if args.peers:
+        return subprocess.run([sys.executable, Path(__file__).with_name("bench_peers.py")], check=True)
     args.start_memory = bench_logps.resident()[0]
     rate = product_rate(args.device)
     result = {"benchmark": "training step", "command": " ".join(sys.argv), "device": torch.cuda.get_device_name() if args.device == "cuda" else

@@ -247,26 +247,29 @@ def test_a_second_run_reads_the_scores_of_the_first(tiny, tmp_path, monkeypatch)
     run_here(*command, "--out", tmp_path / "second", "--clip", 0.1)
 
 
-def test_the_mask_of_table_12_comes_before_whitening_and_shard_boundaries_change_nothing(tiny, tmp_path, monkeypatch):
+def test_the_mask_of_table_12_comes_before_whitening_and_shard_boundaries_change_nothing(tiny, tmp_path):
     model, _, other = tiny
-    whiten, seen = distill.whiten, []
-
-    def watched(signal, mask):
-        seen.append((signal, whiten(signal, mask)))
-        return seen[-1][1]
-    monkeypatch.setattr(distill, "whiten", watched)
+    signals = []
     for shard_prompts in (1, 4, 6):
         folder = conftest.make_rollouts(tmp_path / f"r{shard_prompts}", model, shard_prompts=6)
         if shard_prompts < 6:                               # the same responses, cut elsewhere
             folder = resharded(folder, tmp_path / f"cut{shard_prompts}", shard_prompts)
         run_here("distill.py", "--student", model, "--teacher", other, "--rollouts", folder, "--positive-signal", "min0",
                  "--out", tmp_path / f"s{shard_prompts}", "--steps", 1, *FAST)
-    data = teacher.load_rollouts(tmp_path / "r6")
-    positive = (data["reward"] > 0).repeat_interleave(data["response_offsets"].diff())
-    raw, white = seen[-1]
-    assert (raw[positive] <= 0).all() and (white[positive] > 0).any()                   # whitening moved the zero
+        data = teacher.load_rollouts(folder)
+        usable = torch.ones_like(data["truncated"])
+        signals.append(list(distill.signal_of_responses(data, usable, teacher.score(other, data), teacher.score(model, data), "min0")))
+    assert all(torch.equal(a, b) for cut in signals for (a, _), (b, _) in zip(cut, signals[0], strict=True))
+    mean, std = distill.whitening(values for values, _ in signals[0])
+    raw = torch.cat([values for values, _ in signals[0]])
+    positive = torch.cat([torch.full(values.shape, kind) for values, kind in signals[0]])
+    white = distill.standardize(raw, mean, std, torch.ones_like(raw))
+    assert (raw[positive] <= 0).all() and (raw[~positive] > 0).any() and (white[positive] > 0).any()    # whitening moved the zero
     assert abs(white.double().mean()) < 1e-6 and abs(white.double().std(correction=0) - 1) < 1e-5
-    assert all(torch.equal(white, other_cut) for _, other_cut in seen)
+    assert torch.equal(white, distill.whiten(raw, torch.ones_like(raw)))
+    assert mean == pytest.approx(raw.double().mean().item(), abs=1e-12) and std == pytest.approx(raw.double().std(correction=0).item(), abs=1e-12)
+    metrics = [json.loads((tmp_path / f"s{n}" / "metrics.jsonl").read_text()) for n in (1, 4, 6)]
+    assert all((m["signal_mean"], m["signal_std"]) == (mean, std) for m in metrics)
     finals = [teacher.load_lm(tmp_path / f"s{n}" / "final", torch.float32).state_dict() for n in (1, 4, 6)]
     assert all(torch.equal(finals[0][key], final[key]) for final in finals for key in final)
 

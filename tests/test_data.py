@@ -178,8 +178,8 @@ def test_damaged_incomplete_and_foreign_shards_are_refused_by_name(tmp_path, tin
 
 
 def test_padded_micro_batches_hold_each_response_token_once(tiny):
-    data = teacher.load_rollouts(tiny[1])
-    numbers = torch.arange(len(data["sampler_logp"])).float()       # every response token gets its own number
+    data, joined = teacher.load_rollouts(tiny[1]), rollout.join_shards(rollout.load_shards(tiny[1]))
+    numbers = torch.arange(len(joined["sampler_logp"])).float()     # every response token gets its own number
     seen = []
     for micro in teacher.micro_batches(data["offsets"].diff(), 60)[0]:
         input_ids, mask, padded = teacher.pad_responses(data, micro, "cpu", numbers)
@@ -187,7 +187,7 @@ def test_padded_micro_batches_hold_each_response_token_once(tiny):
         for row, i in enumerate(micro.tolist()):
             a, b = data["offsets"][i], data["offsets"][i + 1]
             scored = input_ids[row, 1:][mask[row] > 0]              # tokens that the log-probs at the mask score
-            assert scored.tolist() == data["input_ids"][a + data["prompt_len"][i]:b].tolist()
+            assert scored.tolist() == joined["input_ids"][a + data["prompt_len"][i]:b].tolist()
         seen += padded[mask > 0].tolist()
     assert sorted(seen) == numbers.tolist()
 
