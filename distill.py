@@ -98,7 +98,7 @@ def signal_statistics(responses, mean, std, tokens):
     sample, seen, fourth, below, positives = [], 0, 0.0, 0, 0
     for signal, positive in responses:
         values = signal.double()
-        sample.append(values[-seen % every::every])
+        sample.append(values[-seen % every::every].clone())                         # a view would keep them all
         seen += len(values)
         fourth += ((values - mean) / (std + 1e-8)).pow(4).sum().item()
         histogram[positive] += torch.histogram(values.clamp(-5, 5), edges).hist     # the first and last bin hold what lies beyond
