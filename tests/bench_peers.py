@@ -70,6 +70,7 @@ def trls(lm, n, size):
                             gradient_checkpointing=True, report_to=[], sapo_temperature_pos=TAUS["tau_pos"], sapo_temperature_neg=TAUS["tau_neg"])
         trainer = GRPOTrainer(model=lm, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
                               train_dataset=Dataset.from_list([{"prompt": "1"}] * 8), processing_class=toy.build_tokenizer())
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})        # as trainer.train() would
     trainer._prepare_inputs = lambda inputs: inputs
     trainer.current_gradient_accumulation_steps = accumulation
     trainer.create_optimizer()
