@@ -176,6 +176,7 @@ def exchange(a, b):
 
 
 LOCKS = {}                                                  # folder -> the open file that holds its lock
+os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKS.values()])   # an engine that outlives us holds none
 
 
 def one_writer(folder):

