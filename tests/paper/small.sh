@@ -9,17 +9,18 @@
 # The task is tests/small.py's: the largest of three numbers. For a task of your own give PROMPTS, TEST and MAX_TOKENS.
 # A 24 GB GPU holds fp32 weights, gradients and Adam state (16 bytes a parameter, 4 more for the exact KL's second
 # model) of 0.5B: not run here, but start from
-#   MODEL=Qwen/Qwen2.5-0.5B-Instruct PROMPTS='openai/gsm8k:main[train]' TEST='openai/gsm8k:main[test]' MAX_TOKENS=512 LR=2e-6
+#   MODEL=Qwen/Qwen2.5-0.5B-Instruct PROMPTS='openai/gsm8k:main[train]' TEST='openai/gsm8k:main[test]' MAX_TOKENS=512 LR=2e-6 EXTRA=--ask-for-box
+# (only boxes are read as answers).
 # At 1B the card is full (leave out --kl-kind exact); 1.5B needs two of them: NPROC=2 and --shard in $train below.
 
 small() {
   local out=${SMALL:-runs/small} model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} seed dir first
   # Sizes: about the paper's on a GPU, what two CPU cores do in an hour and a half without one. No search: LR is the
   # first that does not leave pi_old in one step, BETA x length is below the paper's 0.001 x 20,000.
-  local prompts=96 responses=8 batch=8 steps=36 distill=12 every=6 problems=150 k=4 train="--micro-tokens 2048 --no-checkpointing"
+  local prompts=96 responses=8 batch=8 steps=36 distill=12 every=6 problems=120 k=4 train="--micro-tokens 2048 --no-checkpointing"
   if command -v nvidia-smi > /dev/null; then prompts=1000 responses=16 batch=32 steps=96 distill=32 every=16 problems=200 k=16 train=; fi
   prompts=${NUM_PROMPTS:-$prompts} responses=${NUM_RESPONSES:-$responses} steps=${STEPS:-$steps} problems=${PROBLEMS:-$problems}
-  local sample="--temperature 0.6 --max-tokens ${MAX_TOKENS:-12} --shard-prompts 32"
+  local sample="--temperature 0.6 --max-tokens ${MAX_TOKENS:-12} --shard-prompts 32 ${EXTRA:-}"
   local shared="--lr ${LR:-5e-6} --batch-prompts $batch --save-every $every $train"
 
   mkdir -p "$out"
