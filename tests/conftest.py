@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "paper")]
 
 import rollout  # noqa: E402
 import smollm2  # noqa: E402
@@ -82,6 +82,13 @@ def make_rollouts(folder, model, n_prompts=6, n=4, seed=0, shard_prompts=4, max_
         built = rollout.build_shard(prompts, responses, rewards, None, meta)
         rollout.write_atomic(folder / f"shard-{shard:05d}.pt", lambda p: torch.save(built, p))
     return folder
+
+
+def joined(folder):
+    """join_shards of a folder, with the tensors per token that it leaves in the shards."""
+    shards = rollout.load_shards(folder)
+    tokens = {key: torch.cat([s[key] for s in shards]) for key in ("input_ids", "sampler_logp")}
+    return rollout.join_shards(shards) | tokens
 
 
 @pytest.fixture(scope="session")

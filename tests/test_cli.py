@@ -1,8 +1,10 @@
 """The command lines as a user meets them: help, exit codes, what is refused, and the driver from end to end."""
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -153,13 +155,13 @@ def test_driver_help_and_unknown_commands():
     *((name, {}, None) for name in [*(f"table{i}" for i in range(1, 13)), *(f"fig{i}" for i in range(4, 11))])])
 def test_dry_run_prints_every_command_with_flags_that_the_scripts_know(tmp_path, command, env, counts):
     done = run_driver(command, DRY_RUN="1", OUT=str(tmp_path / "demo"), TABLES=str(tmp_path / "tables"), **env)
-    commands = [line.split() for line in done.stdout.splitlines() if line.startswith(("python ", "torchrun "))]
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith(("python ", "torchrun "))]
     assert done.returncode == 0 and not list(tmp_path.iterdir())
     made = [sum(c[1] == script for c in commands) for script in ("rollout.py", "teacher.py", "distill.py")]
     assert made == counts if counts else min(made[:2]) > 0
-    known = {script: set(re.findall(r"--[a-z][a-z-]*", (conftest.ROOT / script).read_text())) for script in {c[1] for c in commands}}
     for command in commands:
-        assert {word.replace("--no-", "--") for word in command[2:] if word.startswith("--")} <= known[command[1]]
+        if command[1] != "tests/toy.py":
+            importlib.import_module(command[1].removesuffix(".py")).parse_args(command[2:])
 
 
 def test_the_driver_end_to_end_at_a_tiny_size_and_again_in_seconds(tmp_path):

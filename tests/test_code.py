@@ -13,44 +13,46 @@ import pytest
 import conftest
 import rollout
 
+CODE = rollout.import_file(conftest.ROOT / "tests" / "tasks" / "code.py")
 
-@pytest.fixture(params=["bwrap", "unshare"])
-def isolated(request, monkeypatch):
-    """Grade with one way of isolating; skipped where the machine does not have it."""
-    which = shutil.which
-    monkeypatch.setattr(rollout.shutil, "which", lambda name: which(name) if name == request.param else None)
-    rollout.sandbox.cache_clear()
+
+@pytest.fixture(scope="module")
+def isolated():
+    """Grading processes that last for all tests; skipped where programs cannot be isolated."""
     try:
-        rollout.sandbox()
+        rollout.load_task("code")
     except rollout.InputError:
-        pytest.skip(f"{request.param} cannot isolate here")
-    yield request.param
-    rollout.sandbox.cache_clear()
+        pytest.skip("bubblewrap cannot isolate here")
+    with rollout.grading_pool(2) as pool:
+        yield pool
 
 
-def verdict(program, inputs, outputs, name=None, timeout=2.0):
+def verdict(pool, program, inputs, outputs, name=None, timeout=2.0):
     stats = {}
     tests = {"inputs": inputs, "outputs": outputs} | ({"fn_name": name} if name else {})
-    reward, = rollout.grade([f"Here it is:\n```python\n{program}\n```\nDone."], [json.dumps(tests)], "code", timeout=timeout, stats=stats)
+    reward, = rollout.grade([f"Here it is:\n```python\n{program}\n```\nDone."], [json.dumps(tests)], "code",
+                            timeout=timeout, stats=stats, pool=pool)
     return reward, stats
 
 
 def test_right_and_wrong_programs_in_both_styles(isolated):
-    assert verdict("print(2 * int(input()))", ["3\n", "5"], ["6", "10\n"])[0] == 1
-    assert verdict("print(2 * int(input()))", ["3\n", "5"], ["6", "11"])[0] == 0
-    assert verdict("print('1.50', 2)\nprint()", [""], ["1.5 2.0"])[0] == 1
-    assert verdict("print('a b')", [""], ["a  b"])[0] == 0
-    assert verdict("x = input(", [""], ["6"])[0] == 0
-    assert verdict("print(6)\nraise SystemExit(1)", [""], ["6"])[0] == 0
-    assert verdict("def f(a, b):\n    print('noise')\n    return a + b", [[1, 2], [[1], [2]]], [3, [1, 2]], "f")[0] == 1
-    assert verdict("class Solution:\n    def f(self, a: List[int]) -> int:\n        return (max(a), heapq.nsmallest(1, a))",
+    assert verdict(isolated, "print(2 * int(input()))", ["3\n", "5"], ["6", "10\n"])[0] == 1
+    assert verdict(isolated, "print(2 * int(input()))", ["3\n", "5"], ["6", "11"])[0] == 0
+    assert verdict(isolated, "print('1.50', 2)\nprint()", [""], ["1.5 2.0"])[0] == 1
+    assert verdict(isolated, "print('a b')", [""], ["a  b"])[0] == 0
+    assert verdict(isolated, "x = input(", [""], ["6"])[0] == 0
+    assert verdict(isolated, "print(6)\nraise SystemExit(1)", [""], ["6"])[0] == 0
+    assert verdict(isolated, "def f(a, b):\n    print('noise')\n    return a + b", [[1, 2], [[1], [2]]], [3, [1, 2]], "f")[0] == 1
+    assert verdict(isolated, "class Solution:\n    def f(self, a: List[int]) -> int:\n        return (max(a), heapq.nsmallest(1, a))",
                    [[[3, 1]]], [[3, [1]]], "f")[0] == 1
-    assert verdict("def f(a):\n    return a", [[1], [2]], [1, 3], "f")[0] == 0
-    assert verdict("def g(a):\n    return a", [[1]], [1], "f")[0] == 0
-    assert verdict(f"def f(a):\n    print({rollout.MARK!r} + 'x')\n    raise SystemExit", [[1]], [1], "f")[0] == 0
-    assert rollout.grade(["no code", "```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'] * 2, "code") == [0, 1]
+    assert verdict(isolated, "def f(a):\n    return a", [[1], [2]], [1, 3], "f")[0] == 0
+    assert verdict(isolated, "def g(a):\n    return a", [[1]], [1], "f")[0] == 0
+    assert verdict(isolated, f"def f(a):\n    print({CODE.MARK!r} + 'x')\n    raise SystemExit", [[1]], [1], "f")[0] == 0
+    assert rollout.grade(["no code", "```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'] * 2, "code",
+                         pool=isolated) == [0, 1]
     stats = {}
-    assert rollout.grade(["```\nprint(1)\n```"] * 2, ["not json", '{"inputs": []}'], "code", stats=stats) == [0, 0] and stats["unparsable_gold"] == 2
+    assert rollout.grade(["```\nprint(1)\n```"] * 2, ["not json", '{"inputs": []}'], "code", stats=stats,
+                         pool=isolated) == [0, 0] and stats["unparsable_gold"] == 2
 
 
 HOSTILE = {
@@ -81,13 +83,12 @@ def test_hostile_programs_cost_the_time_limit_at_most_and_change_nothing(isolate
         values = {"SECRET": str(secret), "OUTSIDE": str(outside), "HOME": os.path.expanduser("~"), "PORT": server.getsockname()[1],
                   "PARENT": os.getpid()}
         program = "".join(f"{key} = {value!r}\n" for key, value in values.items()) + HOSTILE[name]
-        start = time.time()
-        reward, stats = verdict(program, [""], ["6"], timeout=1.0)
-    assert reward == 0 and time.time() - start < 6
+        reward, stats = verdict(isolated, program, [""], ["6"], timeout=1.0)
+    assert reward == 0
     assert stats["timeouts"] == (name in ("endless loop", "sleeps", "deaf"))
     assert not outside.exists() and not os.path.exists("/tmp/erpd-was-here") and not os.path.exists("/usr/erpd")
     for _ in range(50):                                     # a killed box is gone a moment later
-        left = rollout.MARK in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
+        left = CODE.MARK in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
         if not left:
             break
         time.sleep(0.1)
@@ -95,8 +96,8 @@ def test_hostile_programs_cost_the_time_limit_at_most_and_change_nothing(isolate
 
 
 def test_a_machine_that_cannot_isolate_refuses_before_sampling(monkeypatch, tmp_path, tiny, capsys):
-    monkeypatch.setattr(rollout.shutil, "which", lambda name: None)
-    rollout.sandbox.cache_clear()
+    monkeypatch.setattr(CODE.shutil, "which", lambda name: None)
+    CODE.sandbox.cache_clear()
     with pytest.raises(rollout.InputError, match="--unsafe-code"):
         rollout.grade(["```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'], "code")
     assert rollout.grade(["```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'], "code", unsafe_code=True) == [1]
@@ -105,12 +106,12 @@ def test_a_machine_that_cannot_isolate_refuses_before_sampling(monkeypatch, tmp_
     assert conftest.run_here("rollout.py", "--model", tiny[0], "--prompts", problems, "--out", tmp_path / "r", "--task", "code", "-n", 2,
                              "--max-tokens", 4, "--engine", "hf") == 2
     assert "bubblewrap" in capsys.readouterr().err and not (tmp_path / "r").exists()
-    rollout.sandbox.cache_clear()
+    CODE.sandbox.cache_clear()
 
 
 def test_code_is_the_last_fenced_block():
-    assert rollout.extract_code("```python\na\n```\ntext\n```py\nb\nc\n```<end>") == "b\nc"
-    assert rollout.extract_code("no fence") is None and rollout.extract_code("```one") is None
+    assert CODE.extract_code("```python\na\n```\ntext\n```py\nb\nc\n```<end>") == "b\nc"
+    assert CODE.extract_code("no fence") is None and CODE.extract_code("```one") is None
 
 
 def livecodebench_row(private, **more):
@@ -140,6 +141,28 @@ def test_a_pickle_that_is_more_than_text_is_refused_and_runs_nothing(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "exploded"),))
     (tmp_path / "c.jsonl").write_text(json.dumps(livecodebench_row(packed(Bomb()))) + "\n")
-    with pytest.raises(rollout.InputError, match="c.jsonl:1 has test cases that cannot be read"):
+    with pytest.raises(rollout.InputError, match="c.jsonl:1 has test cases or fields that cannot be read"):
         rollout.load_prompts(tmp_path / "c.jsonl")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_task_is_a_file_and_the_order_of_a_list_counts_there(isolated, tmp_path):
+    task = str(conftest.ROOT / "tests" / "tasks" / "sorting.py")
+    (tmp_path / "n.jsonl").write_text('{"numbers": [3, 1, 2]}\n')
+    problem, = rollout.load_prompts(tmp_path / "n.jsonl", read_row=rollout.load_task(task).read_row)
+    assert problem["answer"] == [1, 2, 3] and "3, 1, 2" in problem["prompt"]
+    responses = [r"\boxed{1, 2, 3}", r"\boxed{2}", r"\boxed{3, 1, 2}", r"\boxed{1,2,3} or \boxed{}", "1, 2, 3"]
+    assert rollout.grade(responses, [problem["answer"]] * 5, task, pool=isolated) == [1, 0, 0, 0, 0]
+
+
+def test_the_grader_of_a_task_is_stopped_at_the_time_limit_and_its_faults_are_counted(isolated, tmp_path):
+    (tmp_path / "t.py").write_text("def read_row(row):\n    return row['q'], row['a']\n\n\n"
+                                   "def grade(responses, answers):\n    while responses == ['hang']:\n        pass\n"
+                                   "    return [{'x': 1.0, 'none': None}[r] for r in responses]\n")
+    stats = {}
+    graded = rollout.grade(["x", "hang", "none", "raises"], [1] * 4, str(tmp_path / "t.py"), timeout=1.0, stats=stats,
+                           pool=isolated)
+    assert graded == [1, 0, 0, 0] and (stats["timeouts"], stats["unparsable_gold"], stats["errors"]) == (1, 1, 1)
+    for wrong in ("nosuch", str(tmp_path / "missing.py"), str(tmp_path)):
+        with pytest.raises(rollout.InputError, match="--task"):
+            rollout.grade(["x"], [1], wrong)

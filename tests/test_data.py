@@ -1,6 +1,5 @@
 """Prompts, grading, shards and batches: nothing lost, nothing doubled, nothing misread."""
 import json
-import time
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 import conftest
 import evaluate
+import report
 import rollout
 import teacher
 
@@ -168,7 +168,7 @@ def test_damaged_incomplete_and_foreign_shards_are_refused_by_name(tmp_path, tin
         rollout.load_shards(tmp_path / "r")
     first, second = fresh()
     torch.save({**torch.load(second, weights_only=True), "version": 99}, second)
-    with pytest.raises(rollout.InputError, match="shard-00001.pt is not a rollout shard of version 1"):
+    with pytest.raises(rollout.InputError, match="shard-00001.pt is not a rollout shard .*version 99"):
         rollout.load_shards(tmp_path / "r")
     first, second = fresh()
     shard = torch.load(second, weights_only=True)
@@ -178,7 +178,7 @@ def test_damaged_incomplete_and_foreign_shards_are_refused_by_name(tmp_path, tin
 
 
 def test_padded_micro_batches_hold_each_response_token_once(tiny):
-    data, joined = teacher.load_rollouts(tiny[1]), rollout.join_shards(rollout.load_shards(tiny[1]))
+    data, joined = teacher.load_rollouts(tiny[1]), conftest.joined(tiny[1])
     numbers = torch.arange(len(joined["sampler_logp"])).float()     # every response token gets its own number
     seen = []
     for micro in teacher.micro_batches(data["offsets"].diff(), 60)[0]:
@@ -228,24 +228,19 @@ def test_greedy_samples_of_the_hf_engine_are_the_models_own_argmax(tiny):
 
 def test_students_are_compared_with_any_stopping_point_of_a_path():
     path = [(0.0, 0.4), (0.01, 0.5), (0.03, 0.6), (0.02, 0.55)]                     # KL may fall again
-    assert evaluate.accuracy_within(path, 0.005) == pytest.approx(0.45) and evaluate.accuracy_within(path, 0.02) == pytest.approx(0.55)
-    assert evaluate.accuracy_within(path, 1.0) == 0.6 and evaluate.accuracy_within(path, 0.0) == 0.4
+    assert report.accuracy_within(path, 0.005) == pytest.approx(0.45) and report.accuracy_within(path, 0.02) == pytest.approx(0.55)
+    assert report.accuracy_within(path, 1.0) == 0.6 and report.accuracy_within(path, 0.0) == 0.4
 
 
-def test_difficulty_is_a_pass_rate_and_long_prompts_are_left_out_and_counted(tiny, tmp_path, capsys):
+def test_long_prompts_are_left_out_and_counted(tiny, tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps({"problem": "1+" * (5 * i) + "1", "answer": 1, "difficulty": f"{i}/8"}) + "\n" for i in range(9)))
-    assert [p["index"] for p in rollout.load_prompts(path, difficulty=(0.125, 0.5))] == [1, 2, 3, 4]
-    with pytest.raises(rollout.InputError, match="holds no prompts of difficulty"):
-        rollout.load_prompts(path, difficulty=(0.9, 0.95))
-    command = ["rollout.py", "--model", tiny[0], "--prompts", path, "--engine", "hf", "-n", 2, "--max-tokens", 4, "--num-prompts", 0]
-    assert conftest.run_here(*command, "--out", tmp_path / "r", "--difficulty", 0.1, 0.6, "--max-prompt-tokens", 30) == 0
+    path.write_text("".join(json.dumps({"problem": "1+" * (5 * i) + "1", "answer": 1}) + "\n" for i in range(9)))
+    command = ["rollout.py", "--model", tiny[0], "--prompts", path, "--engine", "hf", "-n", 2, "--max-tokens", 4]
+    assert conftest.run_here(*command, "--out", tmp_path / "r", "--max-prompt-tokens", 30) == 0
     summary = json.loads((tmp_path / "r" / "rollouts.json").read_text())["summary"]
-    assert summary["too_long_prompts"] > 0 and summary["prompts"] + summary["too_long_prompts"] == 4
-    assert conftest.run_here(*command, "--out", tmp_path / "none", "--max-prompt-tokens", 1) == 2 and not (tmp_path / "none").exists()
-    path.write_text('{"problem": "1", "answer": 1, "difficulty": "hard"}\n')
-    with pytest.raises(rollout.InputError, match="p.jsonl:1 has the difficulty 'hard'"):
-        rollout.load_prompts(path, difficulty=(0, 1))
+    assert summary["too_long_prompts"] > 0 and summary["prompts"] + summary["too_long_prompts"] == 9
+    assert conftest.run_here(*command, "--out", tmp_path / "none", "--max-prompt-tokens", 1) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_2000_adversarial_answers_are_graded_in_time_without_a_hang_a_crash_or_a_left_process():
@@ -258,8 +253,8 @@ def test_2000_adversarial_answers_are_graded_in_time_without_a_hang_a_crash_or_a
                 "\\boxed{(9!)!}"]
     responses = [f"{i} " + h.replace("1", str(1 + i // len(hostile) % 8), 1) for i, h in enumerate((hostile * 100)[:2000])]
     before = multiprocessing.active_children()
-    start, stats = time.time(), {}
+    stats = {}
     rewards = rollout.grade(responses, ["\\frac{3}{7}"] * len(responses), stats=stats, timeout=2.0)
-    assert len(rewards) == 2000 and sum(rewards) == 0 and time.time() - start < 60
+    assert len(rewards) == 2000 and sum(rewards) == 0
     assert multiprocessing.active_children() == before
     assert rollout.grade(["\\boxed{\\frac{6}{14}}", "\\boxed{3/7}"], ["\\frac{3}{7}"] * 2) == [1, 1]

@@ -264,6 +264,6 @@ def test_whitening_has_zero_mean_unit_variance_and_ignores_padding():
 
 def test_table_12_masks_positives_only():
     signal, positive = torch.tensor([-1.0, 2.0, -3.0, 4.0]), torch.tensor([True, True, False, False])
-    assert distill.mask_signal(signal, positive, "min0").tolist() == [-1, 0, -3, 4]
-    assert distill.mask_signal(signal, positive, "max0").tolist() == [0, 2, -3, 4]
-    assert distill.mask_signal(signal, positive).tolist() == signal.tolist()
+    denominator = torch.tensor([0.5, -2.0, 7.0, 1.0])
+    for keep, expected in (("min0", [-1, 0, -3, 4]), ("max0", [0, 2, -3, 4]), ("all", signal.tolist())):
+        assert distill.signal_of(signal + denominator, denominator, positive, keep).tolist() == expected

@@ -66,9 +66,6 @@ def test_both_stages_and_a_round_trip(checkpoint, tmp_path):
     assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
     lm = teacher.load_policy(tmp_path / "student" / "final")
     assert type(lm).__name__ == type(teacher.load_policy(checkpoint)).__name__
-    teacher.save_policy(lm, rollout.load_tokenizer(checkpoint), tmp_path / "again")
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    assert all(torch.equal(again[key], end[key]) for key in end) and again.keys() == end.keys()
 
 
 def test_the_bf16_forward_of_a_gpu(checkpoint, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ def first_step(out):
 
 
 def test_chat_prompts_are_sampled_and_graded_by_two_processes(pretrained, sampled):
-    joined = rollout.join_shards(rollout.load_shards(sampled[1]))
+    joined = conftest.joined(sampled[1])
     tokenizer = rollout.load_tokenizer(pretrained)
     ids, offsets, prompt_len = joined["input_ids"], joined["offsets"], joined["prompt_len"]
     text = tokenizer.decode(ids[:prompt_len[0]])

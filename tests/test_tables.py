@@ -13,6 +13,7 @@ import torch
 import conftest
 import distill
 import evaluate
+import report
 import rollout
 import teacher
 
@@ -259,17 +260,17 @@ def test_bootstrap_decides_what_is_clear_and_leaves_noise_undecided(shift, sprea
     generator = torch.Generator().manual_seed(1)
     problems = torch.randn(4, 150, generator=generator, dtype=torch.float64) * 0.1
     problems += shift + spread * torch.tensor([-1.0, 1.0, -0.5, 0.5])[:, None] - problems.mean(1, keepdim=True)
-    picks = torch.randint(150, (evaluate.DRAWS, 150), generator=generator)
+    picks = torch.randint(150, (report.DRAWS, 150), generator=generator)
     picks[0] = torch.arange(150)
     per_seed = problems[:, picks].mean(-1)                                          # (4, DRAWS)
-    mean, low, high = evaluate.bootstrap(per_seed, generator)
-    assert mean == pytest.approx(shift, abs=1e-6) and low < mean < high and evaluate.verdict(low, high) == expected
+    mean, low, high = report.bootstrap(per_seed, generator)
+    assert mean == pytest.approx(shift, abs=1e-6) and low < mean < high and report.verdict(low, high) == expected
 
 
 def test_bootstrap_interval_is_as_wide_as_theory_says():
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randn(5, generator=generator, dtype=torch.float64)
-    _, low, high = evaluate.bootstrap(seeds[:, None].expand(5, 20000).contiguous(), generator)
+    _, low, high = report.bootstrap(seeds[:, None].expand(5, 20000).contiguous(), generator)
     assert (high - low) / 2 == pytest.approx(1.96 * seeds.std().item() / 5 ** 0.5, rel=0.1)                # s / sqrt(n), the unbiased s
 
 
@@ -326,13 +327,13 @@ def finished(tmp_path_factory):
 
 
 def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
-    evaluate.report_tables(finished / "all", list(MODELS), finished / "runs", "a test")
+    report.report_tables(finished / "all", list(MODELS), finished / "runs", "a test")
     text = (finished / "all" / "report.md").read_text()
     for number in range(1, 13):
         assert f"## Table {number}. " in text
     for number in range(4, 11):
         assert f"## Figure {number}. " in text
-    paper = json.loads(evaluate.PAPER.read_text())
+    paper = json.loads(report.PAPER.read_text())
     numbers = [claim["number"] for claim in paper["claims"]]
     assert {re.sub("[a-c]", "", n) for n in numbers} == {str(n) for n in range(1, 25)} and [n for n in numbers if n[0] == "3"] == ["3a", "3b", "3c"]
     summary = dict(re.findall(r"^\| (\d+[a-c]?) \| .* \| (holds|does not hold|undecided|not run here) \| ", text, re.M))
@@ -348,25 +349,25 @@ def test_the_report_holds_every_table_figure_and_claim(finished, capsys):
 
 
 def test_every_checkpoint_that_the_paper_file_names_is_made_by_a_recipe(finished):
-    world = evaluate.read_world(finished / "runs" / "toy")
-    paper = json.loads(evaluate.PAPER.read_text())
+    world = report.read_world(finished / "runs" / "toy")
+    paper = json.loads(report.PAPER.read_text())
     for name, table in paper["tables"].items():
         for label, row, *numbers in table["rows"]:
             for model, given in (numbers[0] if numbers else {}).items():
                 columns = next((c for suffix, c in table.get("columns_of", {}).items() if model.endswith(suffix)), table["columns"])
                 assert len(given) == len(columns), f"{name}: {label}"
-            assert evaluate.number(world, "0", "accuracy", row, ["test"]) is not None, f"{name}: {row}"
+            assert report.number(world, "0", "accuracy", row, ["test"]) is not None, f"{name}: {row}"
     for claim in paper["claims"]:
         for test in claim["tests"]:
             for row in test["plus"] + test["minus"]:
-                assert evaluate.number(world, "0", "accuracy", row, ["test"]) is not None, f"claim {claim['number']}: {row}"
+                assert report.number(world, "0", "accuracy", row, ["test"]) is not None, f"claim {claim['number']}: {row}"
 
 
 def test_hours_count_rollouts_teacher_and_own_steps(finished):
-    world = evaluate.read_world(finished / "runs" / "toy")
-    assert evaluate.seconds_until(world, "0", "sapo", 40) == 40 + 40                    # 100 x 40 tokens at 100 a second, then 40 steps of 1 s
-    assert evaluate.seconds_until(world, "0", "sapo-student", 10) == 40 + 120 + 10
-    assert evaluate.seconds_until(world, "0", "online", 10) == 2 * (40 + 1)                         # one update for five steps
+    world = report.read_world(finished / "runs" / "toy")
+    assert report.seconds_until(world, "0", "sapo", 40) == 40 + 40                    # 100 x 40 tokens at 100 a second, then 40 steps of 1 s
+    assert report.seconds_until(world, "0", "sapo-student", 10) == 40 + 120 + 10
+    assert report.seconds_until(world, "0", "online", 10) == 2 * (40 + 1)                         # one update for five steps
 
 
 def test_unknown_names_are_refused(finished, capsys):
@@ -395,7 +396,7 @@ def qwen(tmp_path):
 def table(world, rows, name, folder):
     """Lines of a table of the report as lists of cells, {label: cells}, and its header."""
     (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.report_tables(folder, [name], world.parent)
+    report.report_tables(folder, [name], world.parent)
     text = (folder / "report.md").read_text()
     lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.split(f"## Table {name[5:]}. ")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
     return {line[0]: line[1:] for line in lines[1:]}, lines[0]
@@ -415,15 +416,15 @@ def test_a_benchmark_without_a_row_is_a_dash_and_so_is_the_mean(qwen, tmp_path, 
     none = [row for row in rows if row["benchmark"] != "beyond_aime"]                                   # never measured: a column all the same
     lines, header = table(world, none, "table1", tmp_path / "none")
     assert header[3] == "AVG@K, beyond_aime" and lines["CE, last step"][3] == lines["CE, last step"][5] == lines["base"][5] == "-"
-    spec = json.loads(evaluate.PAPER.read_text())["tables"]["table5"]                                   # HMMT Feb 25, although five were measured
-    assert [header for header, *_ in evaluate.our_columns(spec, evaluate.read_world(world))] == ["AVG@K, hmmt_feb25", "KL (nats/token)"]
+    spec = json.loads(report.PAPER.read_text())["tables"]["table5"]                                   # HMMT Feb 25, although five were measured
+    assert [header for header, *_ in report.our_columns(spec, report.read_world(world))] == ["AVG@K, hmmt_feb25", "KL (nats/token)"]
 
 
 def test_table_3_reads_its_own_steps_beside_the_longer_run_of_table_4(qwen, tmp_path, capsys):
     world, rows = qwen
     lines, _ = table(world, rows, "table3", tmp_path / "three")
-    kept = evaluate.read_world(world)
-    assert [round(evaluate.number(kept, "0", "accuracy", f"online@{k}", ["hmmt_feb25"]), 2) for k in (25, 50)] == [0.25, 0.5]
+    kept = report.read_world(world)
+    assert [round(report.number(kept, "0", "accuracy", f"online@{k}", ["hmmt_feb25"]), 2) for k in (25, 50)] == [0.25, 0.5]
     assert lines["base + 25 steps"][0] == "0.250" and lines["base + 50 steps"][0] == "0.500"
 
 
@@ -434,10 +435,10 @@ def test_best_start_and_length_name_their_benchmark(qwen):
         if row["model"].endswith("seed0/ce/step-0010") and row["benchmark"] == "hmmt_feb25":
             row["avg_at_k"] = 0.9                                   # better there, and nowhere else
     (world / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = evaluate.read_world(world)
-    assert kept["selection"] == "hmmt_feb25" and evaluate.checkpoint(kept, "0", "ce@best")[1] == 10
-    assert evaluate.checkpoint(kept, "0", "b2/ce@start")[1] == 10 and evaluate.checkpoint(kept, "0", "ce@start")[1] == 0
-    assert evaluate.number(kept, "0", "length@aime24", "ce", ["hmmt_feb25"]) == 30 and evaluate.number(kept, "0", "length@hmmt_feb25", "ce", ["aime24"]) == 40
+    kept = report.read_world(world)
+    assert kept["selection"] == "hmmt_feb25" and report.checkpoint(kept, "0", "ce@best")[1] == 10
+    assert report.checkpoint(kept, "0", "b2/ce@start")[1] == 10 and report.checkpoint(kept, "0", "ce@start")[1] == 0
+    assert report.number(kept, "0", "length@aime24", "ce", ["hmmt_feb25"]) == 30 and report.number(kept, "0", "length@hmmt_feb25", "ce", ["aime24"]) == 40
 
 
 def test_what_lacks_a_row_is_told_by_benchmark_and_half_the_kl_is_found(qwen, tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_samples_of_the_demonstration_base_are_graded_and_their_log_probs_are_ou
     file = first_lines(prompts / "validation.jsonl", 24, tmp_path / "prompts.jsonl")
     conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / "r", "--num-prompts", 0, "-n", 4,
                         "--max-tokens", 128, "--temperature", 0.8, "--shard-prompts", 5, *SMALL, env=ENV)
-    joined = rollout.join_shards(rollout.load_shards(tmp_path / "r"))
+    joined = conftest.joined(tmp_path / "r")
     assert joined["prompt_index"].tolist() == [i for i in range(24) for _ in range(4)] and joined["meta"]["engine"] == "vllm"
     tokenizer, answers = rollout.load_tokenizer(base), [row["answer"] for row in rollout.load_prompts(file)]
     texts = tokenizer.batch_decode(responses(joined))
@@ -58,7 +58,7 @@ def test_log_probs_of_a_pretrained_model_are_vllms_own(pretrained, tmp_path):
     assert problems.returncode == 0
     conftest.run_script("rollout.py", "--model", pretrained, "--prompts", tmp_path / "p" / "test.jsonl", "--out", tmp_path / "r", "--num-prompts", 4,
                         "-n", 2, "--max-tokens", 12, "--temperature", 0.6, "--shard-prompts", 2, *SMALL, env=ENV)
-    joined = rollout.join_shards(rollout.load_shards(tmp_path / "r"))
+    joined = conftest.joined(tmp_path / "r")
     gap = (teacher.score(pretrained, tmp_path / "r") - joined["sampler_logp"]).abs()
     conftest.MEASURED.append(f"SmolLM2, vLLM against token_logps at temperature 0.6: mean {gap.mean():.1e}, largest {gap.max():.1e} nats "
                              f"over {len(gap)} tokens; right {joined['reward'].mean():.2f}")
@@ -73,7 +73,7 @@ def test_greedy_outputs_agree_with_the_hf_engine(demo, tmp_path):
     for engine in ("hf", "vllm"):
         conftest.run_script("rollout.py", "--model", base, "--prompts", file, "--out", tmp_path / engine, "--num-prompts", 0, "-n", 1,
                             "--max-tokens", 128, "--temperature", 0, *SMALL, "--engine", engine, env=ENV)
-        found.append(responses(rollout.join_shards(rollout.load_shards(tmp_path / engine))))
+        found.append(responses(conftest.joined(tmp_path / engine)))
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 61   # 95 % of 64: a tie may fall either way
 
 
@@ -114,7 +114,7 @@ def test_a_killed_rank_costs_only_its_shards_and_generation_ends_at_every_stop_t
         time.sleep(0.2)
     assert not [pid for pid in engines if os.path.exists(f"/proc/{pid}")], "the engine of the killed rank lives on"
     again = conftest.run_script(*command[6:], nproc=2, env=env)
-    joined = rollout.join_shards(rollout.load_shards(out))
+    joined = conftest.joined(out)
     assert joined["prompt_index"].tolist() == [i for i in range(1500) for _ in range(4)], again.stderr
     assert all((out / name).read_bytes() == data for name, data in kept.items())
     for ids, truncated in zip(responses(joined), joined["truncated"]):
