@@ -140,7 +140,7 @@ def main():
     content = [fingerprint(path_of.get(role, role)) for role in roles if role != "none"]
     if len(set(content)) < len(content) and args.denominator != "live":
         raise InputError("--teacher {} and --denominator {} are the same policy: no signal".format(*roles))
-    run, step, save, metrics = start_run(args, build_parser(), parent=args.student, rollouts=rollouts)
+    run, done, save, metrics = start_run(args, build_parser(), parent=args.student, rollouts=rollouts)
     if not run:
         return print_once(f"{args.out}: already finished")
 
@@ -162,13 +162,13 @@ def main():
     load_moments(save, lm, optimizer)
     kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # for --max-kl
     budget = (policy, rollouts, kl_states, args.micro_tokens, args.shard)
-    if args.max_kl and step == 0 and (kl := kl_to_old(*budget)) > args.max_kl:
+    if args.max_kl and done == 0 and (kl := kl_to_old(*budget)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g}")
 
     # ---- training loop ----
-    batches, lengths, bar = open_loop(args, rollouts, usable, args.steps, step)
+    batches, lengths, bar = open_loop(args, rollouts, usable, args.steps, done)
     caught = defer_signals()                                            # a signal waits for the end of a step
-    for step in range(step + 1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()  # of the whole step, on every rank
         shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), {}

@@ -81,15 +81,14 @@ def evaluate(model, benchmark, args, pool, rank, world):
     wanted = {"model": str(model), "model_fingerprint": fingerprint, "base": args.base, "benchmark": name,
               "k": k, "top_k": top_k, **{key: getattr(args, key) for key in same},
               "problems_sha256": problems_hash(file, args.num_problems)}
-    rows = [{"task": "math"} | row for row in read_results(args.out)]
-    if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
+    if has_row(args.out, wanted):
         return None
     sampling = {key: wanted[key] for key in wanted if key not in ("model", "base", "judge_model")}
     settings = hashlib.sha256(json.dumps([file, sampling], default=str).encode()).hexdigest()[:8]
     folder = args.out.parent / "samples" / name / f"{fingerprint[:16]}-{settings}"      # copies share theirs
     rollout_args = parse_rollout_args(["--model", str(model), "--prompts", file, "--out", str(folder)])
-    rollout_args.__dict__ |= {key: value for key, value in vars(args).items() if key in vars(rollout_args)
-                              and key not in ("model", "out")}
+    shared = vars(rollout_args).keys() & vars(args).keys() - {"model", "out"}
+    rollout_args.__dict__ |= {key: getattr(args, key) for key in shared}
     rollout_args.__dict__ |= dict(num_prompts=args.num_problems, num_responses=k, top_k=top_k)
     sample_rollouts(rollout_args, pool, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
     gc.collect()                                            # the engine's model, before ours is loaded
@@ -106,8 +105,8 @@ def evaluate(model, benchmark, args, pool, rank, world):
     right, meta = rollouts["reward"].view(-1, k).sum(1), rollouts["meta"]  # K responses of a problem in a row
     avg, se = avg_at_k(right, k)
     think = rollouts["reward_think"].mean().item() if "reward_think" in rollouts else None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                meta["engine"]: meta["engine_version"]}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions[meta["engine"]] = meta["engine_version"]
     return {**wanted, "n_problems": len(right), "avg_at_k": avg, "se": se,
             "correct_per_problem": right.int().tolist(), "avg_at_k_think": think, "avg_at_k_judge": judged,
             "judge": counts, "pass_at_k": (right > 0).double().mean().item(),
@@ -355,6 +354,12 @@ def read_results(path):
                 rows.append(json.loads(line))
                 rows[-1]["model"], rows[-1]["benchmark"]    # whatever else it holds, it is a row of ours
     return rows
+
+
+def has_row(path, wanted):
+    """Whether a row has all these settings already."""
+    rows = [{"task": "math"} | row for row in read_results(path)]
+    return any(all(row.get(key) == value for key, value in wanted.items()) for row in rows)
 
 
 def append_result(path, row):

@@ -16,7 +16,6 @@ import contextlib
 import csv
 import ctypes
 import fcntl
-import fractions
 import functools
 import hashlib
 import importlib.metadata
@@ -573,7 +572,8 @@ def write_atomic(path, write):
         os.close(folder)
     except (RuntimeError, safetensors.SafetensorError) as error:        # their words for a full disk
         room = shutil.disk_usage(path.parent).free / 2 ** 20
-        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}; {room:,.1f} MiB free)") from error
+        said = f"{path} cannot be written ({str(error).splitlines()[0]}; {room:,.1f} MiB free)"
+        raise OSError(said) from error
     finally:
         remove(partial)
 
@@ -695,7 +695,8 @@ def load_task(task, unsafe_code=False):
         raise InputError(f"--task {task} is neither math nor code nor the FILE.py of a task")
     with input_errors(f"--task {task} cannot be used"):
         module = import_file(path.resolve())
-        module.read_row, module.grade                       # AttributeError without them
+        for name in ("read_row", "grade"):
+            getattr(module, name)                           # AttributeError without them
         getattr(module, "check_machine", lambda unsafe_code: None)(unsafe_code)
     return module
 

@@ -17,7 +17,6 @@ N tokens of a flat list. R is the reward, 0 or 1. `logp[:, t]` is the log-prob o
 Read next: distill.py.
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -374,7 +373,7 @@ def main():
     check_rewards(args, rollouts["reward"], usable)
     if args.loss == "sft":
         usable &= rollouts["reward"] > 0
-    run, step, save, metrics = start_run(args, build_parser(), parent=args.model, rollouts=rollouts)
+    run, done, save, metrics = start_run(args, build_parser(), parent=args.model, rollouts=rollouts)
     if not run:
         return print_once(f"{args.out}: already finished")
 
@@ -398,9 +397,9 @@ def main():
     steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
 
     # ---- training loop ----
-    batches, lengths, bar = open_loop(args, rollouts, usable, steps, step)
+    batches, lengths, bar = open_loop(args, rollouts, usable, steps, done)
     caught = defer_signals()                                            # a signal waits for the end of a step
-    for step in range(step + 1, steps + 1):
+    for step in range(done + 1, steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()          # of all ranks
         shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), {}
@@ -784,16 +783,16 @@ def wrap(args, module, trained, lr):
     return torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0), model
 
 
-def open_loop(args, rollouts, usable, steps, step):
+def open_loop(args, rollouts, usable, steps, done):
     """(batches from the next step on, lengths of the responses with their prompts, progress bar)."""
     rank, world, _ = setup_ddp()
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     lengths = rollouts["offsets"].diff()
-    bar = tqdm(total=steps, initial=step, desc=Path(sys.argv[0]).stem, disable=rank > 0)
+    bar = tqdm(total=steps, initial=done, desc=Path(sys.argv[0]).stem, disable=rank > 0)
     if rank == 0:
         first = lengths[next(step_batches(rollouts, usable, args.batch_prompts, args.seed))]
         bar.write(split_summary(first, args.micro_tokens, world, args.shard))
-    for _ in range(step):
+    for _ in range(done):
         next(batches)
     return batches, lengths, bar
 

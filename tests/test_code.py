@@ -3,7 +3,6 @@ import base64
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import time
 import zlib

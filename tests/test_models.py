@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import conftest
-import rollout
 import teacher
 import toy
 

@@ -3,12 +3,13 @@
     python rollout.py --task code ...
 
 Rows: AReaL's (`question`, `input_output`) and LiveCodeBench's (`question_content`, `public_test_cases`,
-`private_test_cases`). The answer is the JSON text of {inputs, outputs, fn_name?}: texts for stdin and stdout, or, with
-fn_name, a list of positional arguments and the plain value that the function (or method of `class Solution`) returns.
+`private_test_cases`). The answer is the JSON text of {inputs, outputs, fn_name?}: texts for stdin and stdout, or,
+with fn_name, a list of positional arguments and the plain value that the function (or method of `class Solution`)
+returns.
 
-A model's programs run where they can do no harm: in a box made by bubblewrap, without network, home or other processes,
-with limits on time, memory, processes and output. A file for --task has `read_row` and `grade`; `check_machine` and
-`time_limit` are there for those that need them (rollout.py, `load_task`).
+A model's programs run where they can do no harm: in a box made by bubblewrap, without network, home or other
+processes, with limits on time, memory, processes and output. A file for --task has `read_row` and `grade`;
+`check_machine` and `time_limit` are there for those that need them (rollout.py, `load_task`).
 """
 import base64
 import contextlib
@@ -66,8 +67,10 @@ def livecodebench_row(row):
 
 
 def grade(responses, answers, timeout=10.0, unsafe_code=False):
-    """1.0 where a program passes all tests, each within `timeout` seconds; None where the tests cannot be used."""
-    return [verdict(response, answer, timeout, sandbox(unsafe_code)) for response, answer in zip(responses, answers)]
+    """1.0 where a program passes all tests, each within `timeout` seconds; None where the tests cannot be
+    used."""
+    box = sandbox(unsafe_code)
+    return [verdict(response, answer, timeout, box) for response, answer in zip(responses, answers)]
 
 
 def verdict(response, answer, timeout, box):
@@ -109,7 +112,7 @@ from itertools import *
 from typing import *
 """                                                         # what problems with starter code take for granted
 MARK = "<result of the call>"
-MEMORY, OUTPUT = 4 << 30, 16 << 20                          # bytes of address space per process, and of output
+MEMORY, OUTPUT = 4 << 30, 16 << 20                         # bytes of address space per process, and of output
 # What runs inside: limits first, then the program. Only inputs come in: what a test expects never does.
 LAUNCHER = """
 import json, resource, sys
@@ -144,10 +147,11 @@ def readable_by_all(path):
 
 @functools.cache
 def sandbox(unsafe=False):
-    """(command prefix that isolates, interpreter, user id to become or None); RuntimeError if there is no isolation.
+    """(command prefix that isolates, interpreter, user id to become or None); RuntimeError if there is no
+    isolation.
 
-    Inside there is the interpreter and the system's libraries, read-only, an empty scratch folder, and nothing else.
-    Root becomes an unprivileged user, because the limit on processes does not hold for root.
+    Inside there is the interpreter and the system's libraries, read-only, an empty scratch folder, and
+    nothing else. Root becomes an unprivileged user, because the limit on processes does not hold for root.
     """
     python, user = os.path.realpath(sys.executable), None
     if unsafe:
@@ -156,53 +160,58 @@ def sandbox(unsafe=False):
         user, pythons = 65534, (python, os.path.realpath("/usr/bin/python3"))       # nobody
         python = next((p for p in pythons if os.path.exists(p) and readable_by_all(p)), None)
         if python is None:
-            raise RuntimeError("programs cannot be isolated: you are root and no python can be reached by other users; "
-                               "install /usr/bin/python3, run as another user, or give --unsafe-code")
+            raise RuntimeError("programs cannot be isolated: you are root and no python can be reached by other "
+                               "users; install /usr/bin/python3, run as another user, or give --unsafe-code")
     prefix = str(Path(python).parent.parent)
     system = ["/usr", "/lib", "/lib64", "/bin", *([] if prefix.startswith("/usr") else [prefix])]
     mounts = [word for d in system if os.path.isdir(d) for word in ("--ro-bind", d, d)]
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc",
-               "--dev", "/dev", *mounts, "--size", str(64 << 20), "--tmpfs", "/scratch", "--chdir", "/scratch"]
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv",
+               "--proc", "/proc", "--dev", "/dev", *mounts,
+               "--size", str(64 << 20), "--tmpfs", "/scratch", "--chdir", "/scratch"]
     if not shutil.which("bwrap") or run_program((command, python, user), "print(6 * 7)", "", 10.0) != "42\n":
-        raise RuntimeError("programs cannot be isolated on this machine: install bubblewrap (Debian: apt install "
-                           "bubblewrap), or give --unsafe-code to run them as yourself")
+        raise RuntimeError("programs cannot be isolated on this machine: install bubblewrap (Debian: apt "
+                           "install bubblewrap), or give --unsafe-code to run them as yourself")
     return command, python, user
 
 
 def run_program(box, source, stdin, seconds, name=None):
-    """What a program prints within `seconds`, None if it fails, TimeoutError past the limit. box: of `sandbox`.
+    """What a program prints within `seconds`, None if it fails, TimeoutError past the limit. box: of
+    `sandbox`.
 
-    With `name` the program's function of that name (or the method of its class Solution) is called with the JSON list
-    `stdin`.
+    With `name` the program's function of that name (or the method of its class Solution) is called with the
+    JSON list `stdin`.
     """
     command, python, user = box
-    limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": math.ceil(seconds) + 1, "RLIMIT_FSIZE": OUTPUT, "RLIMIT_CORE": 0,
-              "RLIMIT_NOFILE": 256}
+    limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": math.ceil(seconds) + 1, "RLIMIT_FSIZE": OUTPUT,
+              "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
     if command:
         limits["RLIMIT_NPROC"] = 32                         # in a box of its own the count starts at 0
-    with tempfile.TemporaryFile() as program, tempfile.TemporaryFile() as fed, tempfile.TemporaryFile() as printed:
-        for file, text in ((program, source), (fed, stdin)):
-            file.write(text.encode("utf-8", "replace"))
-            file.seek(0)
+    file = tempfile.TemporaryFile
+    with file() as program, file() as fed, file() as printed:
+        for filled, text in ((program, source), (fed, stdin)):
+            filled.write(text.encode("utf-8", "replace"))
+            filled.seek(0)
         task = json.dumps([limits, program.fileno(), name, IMPORTS, MARK])
         process = subprocess.Popen(
-            [*command, python, "-I", "-c", LAUNCHER, task], stdin=fed, stdout=printed, stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, cwd="/", start_new_session=True,
-            pass_fds=[program.fileno()], **({} if user is None else {"user": user, "group": user, "extra_groups": []}))
+            [*command, python, "-I", "-c", LAUNCHER, task], stdin=fed, stdout=printed,
+            stderr=subprocess.DEVNULL, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, cwd="/",
+            start_new_session=True, pass_fds=[program.fileno()],
+            **({} if user is None else {"user": user, "group": user, "extra_groups": []}))
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError from error
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)      # the whole group; the box dies with its first process
+                os.killpg(process.pid, signal.SIGKILL)  # the whole group; the box dies with its first process
             process.wait()
         printed.seek(0)
         return printed.read().decode("utf-8", "replace") if code == 0 else None
 
 
 def same_output(got, wanted):
-    """Equal line by line, white space at the ends aside; lines of numbers may be written differently: 1.50 and 1.5."""
+    """Equal line by line, white space at the ends aside; lines of numbers may be written differently: 1.50
+    and 1.5."""
     def numbers(line):
         try:
             return [decimal.Decimal(word) for word in line.split()]
@@ -211,11 +220,13 @@ def same_output(got, wanted):
     wanted = wanted if isinstance(wanted, str) else "\n".join(map(str, wanted))
     got, wanted = (text.strip().split("\n") for text in (got, wanted))
     return len(got) == len(wanted) and all(
-        a.strip() == b.strip() or (numbers(a) is not None and numbers(a) == numbers(b)) for a, b in zip(got, wanted))
+        a.strip() == b.strip() or (numbers(a) is not None and numbers(a) == numbers(b))
+        for a, b in zip(got, wanted))
 
 
 def passes_tests(box, program, tests, seconds):
-    """Whether a program passes all of {inputs, outputs, fn_name?}; stops at the first that fails. May TimeoutError."""
+    """Whether a program passes all of {inputs, outputs, fn_name?}; stops at the first that fails. May
+    TimeoutError."""
     name, deadline = tests.get("fn_name"), time.monotonic() + time_limit(tests, seconds)
     for given, wanted in zip(tests["inputs"], tests["outputs"], strict=True):
         if time.monotonic() > deadline:
