@@ -73,8 +73,7 @@ def entropy_and_kl(model, base, rollouts, args):
 
 
 def evaluate(model, benchmark, args, pool, rank, world):
-    """Sample, grade and score one checkpoint on (name, file, K): a row of results.jsonl, None if it is
-    there."""
+    """Sample, grade and score one checkpoint on (name, file, K): a row, or None if it is there already."""
     (name, file, k), start, fingerprint = benchmark, time.time(), checkpoint_fingerprint(model)
     top_k = default_top_k(model) if args.top_k is None else args.top_k
     same = ("temperature", "top_p", "max_tokens", "seed", "prompt_suffix", "judge_model", "task")

@@ -18,7 +18,6 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -780,7 +779,7 @@ def pick_engine(engine):
 
 
 def engine_version(engine):
-    return transformers.__version__ if engine == "hf" else importlib.metadata.version(engine)
+    return transformers.__version__ if engine == "hf" else importlib.import_module("vllm").__version__
 
 
 def open_engine(args, engine, tokenizer, local_rank):

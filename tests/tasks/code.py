@@ -3,9 +3,9 @@
     python rollout.py --task code ...
 
 Rows: AReaL's (`question`, `input_output`) and LiveCodeBench's (`question_content`, `public_test_cases`,
-`private_test_cases`). The answer is the JSON text of {inputs, outputs, fn_name?}: texts for stdin and stdout, or,
-with fn_name, a list of positional arguments and the plain value that the function (or method of `class Solution`)
-returns.
+`private_test_cases`). The answer is the JSON text of {inputs, outputs, fn_name?}: texts for stdin and stdout,
+or, with fn_name, a list of positional arguments and the plain value that the function (or the method of
+`class Solution`) returns.
 
 A model's programs run where they can do no harm: in a box made by bubblewrap, without network, home or other
 processes, with limits on time, memory, processes and output. A file for --task has `read_row` and `grade`;
@@ -160,8 +160,8 @@ def sandbox(unsafe=False):
         user, pythons = 65534, (python, os.path.realpath("/usr/bin/python3"))       # nobody
         python = next((p for p in pythons if os.path.exists(p) and readable_by_all(p)), None)
         if python is None:
-            raise RuntimeError("programs cannot be isolated: you are root and no python can be reached by other "
-                               "users; install /usr/bin/python3, run as another user, or give --unsafe-code")
+            raise RuntimeError("programs cannot be isolated: you are root and no python can be reached by "
+                               "others; install /usr/bin/python3, be another user, or give --unsafe-code")
     prefix = str(Path(python).parent.parent)
     system = ["/usr", "/lib", "/lib64", "/bin", *([] if prefix.startswith("/usr") else [prefix])]
     mounts = [word for d in system if os.path.isdir(d) for word in ("--ro-bind", d, d)]

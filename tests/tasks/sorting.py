@@ -1,6 +1,6 @@
 """A task of one's own, as a file: numbers in, the same numbers in rising order out.
 
-    python rollout.py --task tests/tasks/sorting.py --prompts numbers.jsonl ...     # {"numbers": [3, 1, 2]} per line
+    python rollout.py --task tests/tasks/sorting.py --prompts numbers.jsonl ...   # {"numbers": [3, 1, 2]}
 
 `grade` runs in worker processes that are killed at the time limit, one response at a time. None says that an
 answer cannot be graded against. The order counts, and so does every number: the rules of math would not do.
