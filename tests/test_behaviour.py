@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import conftest
 import distill
 import evaluate
-import report
+import movement
 import rollout
 import teacher
 
@@ -294,7 +294,7 @@ def resharded(folder, out, shard_prompts, n=4):
 def test_movement_bins_every_token_by_how_far_the_teacher_went(tiny, tmp_path):
     old, teacher_logp = torch.zeros(6), torch.tensor([0.5, 0.5, -0.5, 3.0, -3.0, 0.0])
     student = torch.tensor([0.1, 0.3, 0.2, 1.5, -1.5, 0.0])
-    found = report.movement(student, teacher_logp, old)
+    found = movement.movement(student, teacher_logp, old)
     assert found["count"] == [1, 3, 2] and found["teacher"] == pytest.approx([0, 0.5, 3]) and found["student"] == pytest.approx([0, 0.2, 1.5])
     assert found["same_direction"] == pytest.approx([0, 2 / 3, 1]) and found["ratio"] == pytest.approx(3.6 / 7.5)
     model, rollouts, other = tiny

@@ -9,7 +9,7 @@ import torch
 
 import conftest
 import evaluate
-import report
+import claims
 import rollout
 import teacher
 
@@ -228,8 +228,8 @@ def test_greedy_samples_of_the_hf_engine_are_the_models_own_argmax(tiny):
 
 def test_students_are_compared_with_any_stopping_point_of_a_path():
     path = [(0.0, 0.4), (0.01, 0.5), (0.03, 0.6), (0.02, 0.55)]                     # KL may fall again
-    assert report.accuracy_within(path, 0.005) == pytest.approx(0.45) and report.accuracy_within(path, 0.02) == pytest.approx(0.55)
-    assert report.accuracy_within(path, 1.0) == 0.6 and report.accuracy_within(path, 0.0) == 0.4
+    assert claims.accuracy_within(path, 0.005) == pytest.approx(0.45) and claims.accuracy_within(path, 0.02) == pytest.approx(0.55)
+    assert claims.accuracy_within(path, 1.0) == 0.6 and claims.accuracy_within(path, 0.0) == 0.4
 
 
 def test_long_prompts_are_left_out_and_counted(tiny, tmp_path):

@@ -663,7 +663,7 @@ def test_real_processes_refuse_in_one_line_too(tiny, tmp_path):
     torch.save({"version": 1, "x": Bomb(tmp_path / "exploded")}, tmp_path / "r" / "shard-00001.pt")
     (tmp_path / "latin-1.jsonl").write_bytes('{"problem": "\u00e9", "answer": "2"}\n'.encode("latin-1"))
     shutil.copytree(tiny[0], tmp_path / "bad")
-    save_file(load_file(tiny[0] / "model.safetensors") | {"model.norm.weight": torch.zeros(5)}, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "bad" / "config.json").write_text("hello")
     for argv in (["teacher.py", "--model", tiny[0], "--rollouts", tmp_path / "r", "--out", tmp_path / "out", "--loss", "ce"],
                  ["distill.py", "--student", tiny[0], "--teacher", tmp_path / "bad", "--rollouts", tiny[1], "--out", tmp_path / "out"],
                  ["rollout.py", "--model", tmp_path / "bad", "--prompts", tmp_path / "latin-1.jsonl", "--out", tmp_path / "out", "--engine", "hf"],

@@ -6,13 +6,14 @@ import pytest
 import conftest
 
 STAGES = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
+PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tasks")
+               for path in (conftest.ROOT / "tests" / folder).glob("*.*") if path.suffix in (".py", ".sh"))
 BANNER = "# ---- machinery: nothing below is about the method "
 # Lines before the banner: what a reader of the method has to read.
 METHOD = {"rollout.py": 460, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
 
 
-@pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", "tests/paper/recipes.sh", "tests/paper/small.sh",
-                                  "tests/paper/strategies.sh", "tests/tasks/code.py", "tests/tasks/sorting.py"])
+@pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", *PARTS])
 def test_no_line_is_wider_than_110_columns(name):
     lines = (conftest.ROOT / name).read_text().splitlines()
     assert [f"{i}: {line}" for i, line in enumerate(lines, 1) if len(line) > 110] == []
@@ -29,7 +30,7 @@ def test_the_method_stands_before_the_machinery(name):
     topic = {"rollout.py": ["load_prompts", "grade", "generate_hf", "generate_vllm", "build_shard"],
              "teacher.py": ["logps_from_hidden", "token_logps", "ce_loss", "sapo_loss", "grpo_loss", "mse_loss",
                             "sft_loss", "group_advantages", "gae_advantages"],
-             "distill.py": ["whiten", "signal_of", "distill_loss"], "evaluate.py": ["avg_at_k", "evaluate", "judge"]}
+             "distill.py": ["whiten", "signal_of", "distill_loss"], "evaluate.py": ["avg_at_k", "entropy_and_kl", "evaluate", "pick"]}
     assert all(defined[function].lineno < banner for function in topic[name])
     below = {node.name for node in defined.values() if node.lineno > banner}
     assert not {function for function in below if function.endswith("_loss") or "advantages" in function} - {"ppo_advantages"}

@@ -1,0 +1,213 @@
+"""
+Finished runs, read: what one model's folder holds, and one number of one checkpoint of it.
+
+Read are run.json, metrics.jsonl, results.jsonl and rollouts.json, and nothing else. `model_runs` is what
+read_model returns. A checkpoint is named as in paper.json: RUN (its last step), RUN@STEP, RUN@best on the
+selection benchmark, RUN@start (what it was trained from), RUN@measured (the last one with a row), or base.
+`over`: the benchmarks whose mean is the accuracy.
+"""
+import itertools
+import json
+import math
+import re
+import statistics
+
+import torch
+
+from reads import PAPER, benchmarks_of
+from rollout import input_errors, read_json
+
+ROW_FIELDS = {"kl": "kl", "entropy": "entropy", "length": "mean_length", "pass": "pass_at_k"}
+TRAINING = ("prob_pos", "prob_neg", "explained_variance", "train_entropy")          # of metrics.jsonl
+
+
+# ---- runs: read once ---------------------------------------------------------------------------------------
+
+def read_lines(path):
+    """The objects of a .jsonl file, [] if there is none; without a last line that a crash cut short."""
+    with input_errors(f"{path} cannot be read", "repair or delete the line"):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_runs(folder, rows):
+    """{label: {seed: run}}, a run = dict(info, metrics, rows: {benchmark: {step: row}}).
+
+
+    The label is the run's path below seedN. On-policy, every step is a run of its own, updateN: together they
+    are one.
+    """
+    runs = {}
+    for file in sorted(folder.rglob("run.json")):
+        where = file.parent.relative_to(folder).as_posix()
+        seed, label, update = re.fullmatch(r"(?:seed(\w+)/)?(.+?)(?:/update(\d+))?", where).groups()
+        metrics = read_lines(file.parent / "metrics.jsonl")
+        last = metrics[-1]["step"] if metrics else 0
+        new = {"info": read_json(file, "delete that run"), "metrics": [], "rows": {}}
+        run = runs.setdefault(label, {}).setdefault(seed or "0", new)
+        run["metrics"] += [m | {"step": int(update)} for m in metrics] if update else metrics
+        for row in rows:
+            parent, _, name = row["model"].rpartition("/")
+            if f"/{parent}".endswith(f"/{where}"):      # rows name checkpoints from where they were measured
+                step = int(update) if update else int(name[5:]) if name.startswith("step-") else last
+                run["rows"].setdefault(row["benchmark"], {})[step] = row
+    return runs
+
+
+def read_model(folder):
+    """What one model's folder holds: name, runs, seeds, base {benchmark: row}, rollouts (how many).
+
+    scored: benchmarks that are accuracies; own: those that the paper does not have; kl: the one that KL
+    is read from; selection: the one of RUN@best; seconds: {rollouts' path: seconds that they took}.
+    """
+    rows, seconds, rollouts, rehearsal = read_lines(folder / "results.jsonl"), {}, "-", False
+    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
+    base = {row["benchmark"]: row for row in rows if row["model"] == row["base"]}
+    scored = [b for b in benchmarks if b in base and b != "kl" and (b != "validation" or len(base) == 1)]
+    known = {PAPER["selection"], *(b for spec in PAPER["tables"].values() for b in itertools.chain(
+        spec.get("benchmarks", []), *spec.get("benchmarks_of", {}).values()))}
+    for file in folder.glob("seed*/**/rollouts.json"):
+        kept, path = json.loads(file.read_text()), file.parent.relative_to(folder).as_posix()
+        made, rehearsal = kept["summary"], rehearsal or bool(kept.get("meta", {}).get("rehearsal"))
+        if re.fullmatch("[^/]+/rollouts", path):
+            rollouts = f"{made['prompts']:,} x {made['responses'] // made['prompts']}"
+        if made["tok_per_s"]:
+            seconds[path] = made["responses"] * made["mean_length"] / made["tok_per_s"]
+    runs, first = read_runs(folder, rows), scored[0] if scored else None
+    return {"name": folder.name, "runs": runs, "base": base, "rollouts": rollouts, "seconds": seconds,
+            "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}), "rehearsal": rehearsal,
+            "scored": scored, "own": [b for b in scored if b not in known],
+            "kl": "kl" if "kl" in benchmarks else first,
+            "selection": next((b for b in ("validation", PAPER["selection"]) if b in benchmarks), first)}
+
+
+def benchmarks_for(name, model_runs):
+    """The benchmarks of a table or figure: the paper's, or the model's if it has only its own."""
+    paper, own = benchmarks_of(name, model_runs["name"]), model_runs["own"]
+    return own if own and not set(paper) & set(model_runs["scored"]) else paper
+
+
+# ---- numbers of checkpoints --------------------------------------------------------------------------------
+
+def measured(run, over):
+    """Steps of a run with a row on each of the benchmarks `over`."""
+    return sorted(set.intersection(*(set(run["rows"].get(b, {})) for b in over)))
+
+
+def checkpoint(model_runs, seed, name):
+    """(run, step, rows by benchmark) of a checkpoint, None if it is not there; the base has no run."""
+    label, _, which = name.partition("@")
+    run = model_runs["runs"].get(label, {}).get(seed)
+    if label == "base":
+        return None, 0, model_runs["base"]
+    if run is None or not run["metrics"]:
+        return None
+    steps, args = [m["step"] for m in run["metrics"]], run["info"]["args"]
+    step = steps[-1]
+    if which == "start":
+        start = args.get("model") or args["student"]
+        parent = re.search(r"/seed\w+?/(.+?)(?:/update(\d+))?/(?:final|step-(\d+))$", start)
+        at = parent and (parent[2] or parent[3])
+        return checkpoint(model_runs, seed, parent[1] + (f"@{int(at)}" if at else "") if parent else "base")
+    if which == "best":                                     # the earliest of equals
+        rows = run["rows"].get(model_runs["selection"], {})
+        step = min(rows, key=lambda step: (-rows[step]["avg_at_k"], step), default=step)
+    elif which == "measured":
+        step = max(run["rows"].get(model_runs["kl"], [step]))
+    elif which:
+        step = int(which)
+        if model_runs["rehearsal"] and step not in steps:   # of three: the recipes name step 1 or 2
+            step = 1 if step < 40 else 2
+    return run, step, {b: path[step] for b, path in run["rows"].items() if step in path}
+
+
+def accuracy(rows, over, drawn=None, key="avg_at_k"):
+    """AVG@K, the mean over the benchmarks `over`; None if one was not measured.
+
+    key: avg_at_k_judge where the paper used a judge. drawn: {benchmark: weights of its
+    problems [D, n]}, for one value per draw [D].
+    """
+    if not over or any(b not in rows for b in over):
+        return None
+    if drawn is None:
+        return statistics.fmean(rows[b][key] for b in over)
+    scores = [torch.tensor(rows[b]["correct_per_problem"], dtype=torch.float64) / rows[b]["k"] for b in over]
+    return sum(drawn[b] @ score for b, score in zip(over, scores)) / len(over)
+
+
+def seconds_until(model_runs, seed, label, step):
+    """Seconds that a checkpoint took: rollouts, teacher, own steps; without evaluation and start-up."""
+    run = model_runs["runs"][label][seed]
+    own, args = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step), run["info"]["args"]
+    teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", args.get("teacher", ""))
+    if teacher and (source := model_runs["runs"].get(teacher[1], {}).get(seed)):
+        return own + seconds_until(model_runs, seed, teacher[1], source["metrics"][-1]["step"])
+    sets = rf"seed{seed}/{re.escape(label)}/rollouts(\d+)"
+    online = {int(found[1]): seconds for path, seconds in model_runs["seconds"].items()
+              if (found := re.fullmatch(sets, path))}
+    if online:                                              # one set per step
+        return own + sum(seconds for number, seconds in online.items() if number <= step)
+    first = re.search(r"(seed\w+/.+)$", args["rollouts"])
+    return own + model_runs["seconds"].get(first and first[1], 0.0)
+
+
+def moved_ratio(moved, low, high):
+    """How far the student moved the tokens that its teacher moved by low to high nats, as a share of that."""
+    bins = [bin for bin in zip(moved["count"], moved["teacher"], moved["student"]) if low <= bin[1] < high]
+    return sum(n * s for n, _, s in bins) / sum(n * t for n, t, _ in bins) if bins else math.nan
+
+
+def number(model_runs, seed, metric, name, over, drawn=None, key="avg_at_k"):
+    """One number of one checkpoint; None where it was not measured. Only accuracies depend on `drawn`.
+
+    METRIC@BENCHMARK is read on that benchmark, on the model's own where it has only those.
+    """
+    found = checkpoint(model_runs, seed, name)
+    if found is None:
+        return None
+    run, step, rows = found
+    (metric, _, on), own = metric.partition("@"), model_runs["own"]
+    if metric == "accuracy":
+        return accuracy(rows, over, drawn, key)
+    if metric == "sampling":                                # its standard error from drawing K responses
+        return math.hypot(*(rows[b]["se"] for b in over)) / len(over) if set(over) <= set(rows) else None
+    if metric in ROW_FIELDS:
+        on = on if on in model_runs["scored"] else own[0] if own else over[0]
+        on = model_runs["kl"] if metric == "kl" else on
+        return rows[on][ROW_FIELDS[metric]] if on in rows else None
+    if run is None:                                         # the rest are numbers of runs
+        return None
+    moved = run["info"].get("movement", {})                 # evaluate.py --movement
+    if metric == "separation":
+        return next((right - wrong for saved, right, wrong in moved.get("path", []) if saved == step), None)
+    if metric in ("far_ratio", "far_over_near"):        # of tokens moved by >= 1 nat, and by < 0.1
+        near = moved_ratio(moved, 0, 0.1) if moved and metric == "far_over_near" else 0
+        return moved_ratio(moved, 1, math.inf) - near if moved else None
+    if metric in TRAINING:                                  # means of 5 steps: less noise
+        values = [m[metric.removeprefix("train_")] for m in run["metrics"] if step - 5 < m["step"] <= step]
+        return statistics.fmean(values) if values and None not in values else None
+    total = seconds_until(model_runs, seed, name.partition("@")[0], step)
+    if metric == "hours":
+        return total / 3600
+    if metric == "rest_of_time":
+        return 1 - sum(m["seconds"] for m in run["metrics"] if m["step"] <= step) / total
+    if metric == "gain_per_hour":
+        mine = accuracy(rows, over, drawn)
+        return None if mine is None else (mine - accuracy(model_runs["base"], over, drawn)) * 3600 / total
+    raise ValueError(f"paper.json asks for '{metric}', which report.py does not know")
+
+
+def over_seeds(model_runs, metric, name, over, seeds=None, key="avg_at_k"):
+    """The values of a checkpoint over the seeds (all of them by default) that have it; the base has one."""
+    seeds = (seeds or model_runs["seeds"])[:1 if name == "base" else None]
+    values = [number(model_runs, seed, metric, name, over, key=key) for seed in seeds]
+    return [value for value in values if value is not None]
+
+
+def mean_se(values):
+    """(mean, standard error over seeds, None for one seed)."""
+    values = list(values)
+    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), se
+
+
