@@ -22,12 +22,14 @@ def main(path):
     axes.annotate("", (1.35, 2.55), (5.6, 2.05), arrowprops=dict(
         arrowstyle="-|>", color=TEACHER, linestyle="--", connectionstyle="arc3,rad=0.17"))
     axes.text(0.2, -0.12, "0  $\\pi_{old}$ samples and grades one batch", fontsize=9, color=BASE, va="center")
-    axes.text(3.0, 1.35, "1  teacher $\\pi_e$: dozens of steps on that batch;\n    gains, then drifts", fontsize=9,
-              color=TEACHER, va="center")
+    axes.text(3.0, 1.35, "1  teacher $\\pi_e$: dozens of steps on that batch;\n    gains, then drifts",
+              fontsize=9, color=TEACHER, va="center")
     axes.text(3.6, 3.25, "its signal per token, $\\hat{A}=\\log\\pi_e-\\log\\pi_{old}$, whitened", fontsize=9,
               color=TEACHER, ha="center")
-    axes.text(0.72, 2.95, "2  student: back to $\\pi_{old}$,\n    10 to 32 clipped steps", fontsize=9, color=STUDENT, ha="center")
-    axes.set(xlabel="reverse KL to $\\pi_{old}$", ylabel="accuracy", xticks=[], yticks=[], xlim=(-0.25, 6.3), ylim=(-0.6, 3.5))
+    axes.text(0.72, 2.95, "2  student: back to $\\pi_{old}$,\n    10 to 32 clipped steps", fontsize=9,
+              color=STUDENT, ha="center")
+    axes.set(xlabel="reverse KL to $\\pi_{old}$", ylabel="accuracy", xticks=[], yticks=[],
+             xlim=(-0.25, 6.3), ylim=(-0.6, 3.5))
     axes.set_title("The method, drawn; not a measurement", fontsize=9, loc="right", color="#888888")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
