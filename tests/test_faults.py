@@ -735,3 +735,17 @@ def test_two_drivers_in_one_folder_are_refused_and_sigterm_reaches_the_stage(tmp
     wait_for(lambda: children(third.pid))
     os.killpg(third.pid, signal.SIGKILL)
     third.wait()
+
+
+@long_part
+def test_sigterm_reaches_the_stages_of_seeds_that_run_side_by_side(tmp_path):
+    out = tmp_path / "demo"
+    process = driver(out, "fig5", SEEDS="0 1", JOBS="2", PROMPTS_TABLES="36", K_TABLES="1")
+    worlds = [tmp_path / "demo" / "tables" / "runs" / "toy" / f"seed{seed}" for seed in (0, 1)]
+    wait_for(lambda: all(lines(world / "mse" / "metrics.jsonl") for world in worlds), 400)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143 and Path(f"{out}.log").read_text().count("run_rounds.sh: stopped") == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)                           # nothing outlives it
+    for world in worlds:
+        assert "stopped by SIGTERM after step" in Path(f"{world}.log").read_text() and list(world.glob("mse/step-*"))
