@@ -1,5 +1,6 @@
 """What keeps the stages readable in one sitting: width, length of functions, and the line behind which nothing is method."""
 import ast
+import re
 
 import pytest
 
@@ -51,3 +52,12 @@ def test_every_loss_that_can_be_asked_for_has_a_line_and_another_is_an_error():
     import teacher
     choices = next(action.choices for action in teacher.build_parser()._actions if action.dest == "loss")
     assert all(f'"{loss}"' in loop for loss in choices) and "NotImplementedError" in loop
+
+
+def test_the_readme_says_how_long_the_files_are():
+    text = (conftest.ROOT / "README.md").read_text()
+    for name, lines, before in re.findall(r"\| `(\w+\.py)` \| ([\d,]+), (\d+) \|", text):
+        code = (conftest.ROOT / name).read_text().splitlines()
+        banner = next(i for i, line in enumerate(code) if line.startswith(BANNER))
+        assert abs(len(code) - int(lines.replace(",", ""))) <= 10 and abs(banner - int(before)) <= 10, name
+    assert len(text.splitlines()) <= 170 and len(text.split()) <= 1800
