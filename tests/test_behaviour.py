@@ -363,3 +363,17 @@ def test_padding_is_small_and_ranks_are_balanced_at_the_paper_s_lengths():
         balance.append(float(re.search(r"(\d+) % balanced", text)[1]))
     print(max(waste), min(balance))
     assert max(waste) < 3 and min(balance) >= 97
+
+
+def test_a_flag_that_an_older_run_json_lacks_had_its_default(tiny, tmp_path, capsys):
+    command = ["teacher.py", "--model", tiny[0], "--rollouts", tiny[1], "--out", tmp_path / "t", "--loss", "ce",
+               "--steps", 1]
+    assert conftest.run_here(*command) == 0
+    path = tmp_path / "t" / "run.json"
+    run = json.loads(path.read_text())
+    del run["args"]["negative_weight"]
+    path.write_text(json.dumps(run))
+    capsys.readouterr()
+    assert conftest.run_here(*command) == 0 and "already finished" in capsys.readouterr().out
+    assert conftest.run_here(*command, "--negative-weight", 2) == 2
+    assert "--negative-weight 1.0, now 2.0" in capsys.readouterr().err
