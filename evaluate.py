@@ -89,16 +89,17 @@ def evaluate(model, benchmark, args, pool, rank, world):
     wanted = {"model": str(model), "model_fingerprint": checkpoint_fingerprint(model), "base": args.base,
               "benchmark": name, "k": k, "top_k": top_k, **{key: getattr(args, key) for key in SAMPLED_WITH},
               "judge_model": args.judge_model, "problems_sha256": problems_hash(file, args.num_problems)}
-    if any(row | wanted == {"task": "math"} | row for row in read_results(args.out)):
+    rows = [{"task": "math"} | row for row in read_results(args.out)]
+    if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
         return None
     folder = sample(model, file, wanted, args, pool, rank, world)
     data = load_rollouts(folder)
     entropy, kl = entropy_and_kl(model, data, args)
     judged = counts = None
     if rank == 0:                                           # the others need not read the shards again
-        graded = count_grading(data["shards"])
-        if any(n for what, n in graded.items() if what != "verified"):
-            print(f"grading {name}: " + ", ".join(f"{what} {n}" for what, n in graded.items()))
+        trouble = {what: n for what, n in count_grading(data["shards"]).items() if what != "verified"}
+        if any(trouble.values()):
+            print(f"grading {name}: " + ", ".join(f"{what} {n}" for what, n in trouble.items()))
         if args.judge_url:
             judged, counts = paper("judge").judge_samples(args, model, file, data, folder)
     right = data["reward"].view(-1, k).sum(1)               # the K responses of a problem stand together
@@ -115,7 +116,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
 
 
 def pick(path, benchmark, models, margin=0.0, nearest_kl=None):
-    """The most accurate of `models` by results.jsonl; the first, unless one leads by `margin` s.e.
+    """The most accurate of `models` by results.jsonl; the first if none leads by `margin` standard errors.
 
     nearest_kl: instead the one whose KL is nearest this share of the last one's (Table 2: half the KL).
     """

@@ -446,7 +446,7 @@ def report(folder, title=""):
     """FOLDER/report.md of the demonstration, or of an experiment in the same layout: rounds, checkpoints."""
     spec, model_runs = PAPER["reports"]["demo"], read_model(folder)
     if not model_runs["scored"]:
-        raise InputError(f"{folder}/results.jsonl has no row of the base: evaluate --model B --base B")
+        raise InputError(f"{folder}/results.jsonl has no row of the base: evaluate it, --model B --base B")
     benchmark = spec["benchmark"] if spec["benchmark"] in model_runs["scored"] else model_runs["scored"][-1]
     model_runs |= {"scored": [benchmark], "own": [benchmark], "selection": benchmark, "kl": benchmark}
     seeds, base = model_runs["seeds"], model_runs["base"][benchmark]
