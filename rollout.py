@@ -182,9 +182,9 @@ def verify_in_worker(answer, gold):
     return verify(parsed_gold, answer, timeout_seconds=None)                        # gold first
 
 
-def grade_in_worker(task, response, answer, options):
-    """What the `grade` of a task's file says of one response."""
-    return load_task(task).grade([response], [answer], **options)[0]
+def grade_in_worker(path, response, answer, options):
+    """What the `grade` of a task's file says of one response; the machine was checked before."""
+    return import_file(path).grade([response], [answer], **options)[0]
 
 
 def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None, unsafe_code=False):
@@ -203,14 +203,15 @@ def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, 
     if task == "math":
         asked = [[(last_boxed(response), gold_text(g)) for g in (gold if isinstance(gold, list) else [gold])]
                  for response, gold in zip(responses, answers, strict=True)]
-        verdicts = {pair: quick_verdict(*pair, stats) for pair in dict.fromkeys(sum(asked, []))}
+        verdicts = dict.fromkeys(pair for pairs in asked for pair in pairs)         # equal ones once
+        verdicts = {pair: quick_verdict(*pair, stats) for pair in verdicts}
         jobs = {pair: (verify_in_worker, pair, timeout) for pair in verdicts if verdicts[pair] is None}
     else:
         file, options = load_task(task, unsafe_code), {"timeout": timeout, "unsafe_code": unsafe_code}
         options = {k: options[k] for k in options if k in inspect.signature(file.grade).parameters}
         limit = getattr(file, "time_limit", lambda answer, timeout: timeout)
         asked, verdicts = [[n] for n in range(len(responses))], {}
-        jobs = {n: (grade_in_worker, (task, response, answer, options), limit(answer, timeout))
+        jobs = {n: (grade_in_worker, (Path(file.__file__), response, answer, options), limit(answer, timeout))
                 for n, (response, answer) in enumerate(zip(responses, answers, strict=True))}
     stats["verified"] += len(jobs)
     with contextlib.nullcontext(pool) if pool or not jobs else grading_pool(workers) as pool:

@@ -682,6 +682,9 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
         if shard:
             shard_over_ranks(policy)
         values = per_token(rollouts, lambda *inputs: policy(*inputs)[:2], micro_tokens, "scoring", shard)
+        del lm, policy
+        if device.type == "cuda":
+            torch.cuda.empty_cache()                        # for an engine in another process, too
         if rank == 0:
             scores = key | {"logp": values[0].clone(), "entropy": values[1].clone()}
             write_atomic(path, lambda p: torch.save(scores, p))
@@ -839,55 +842,56 @@ class ValueNetwork(nn.Module):
 
 
 def train_values(args, rollouts, usable, rank, world, device):
-    """(V of every response token [sum of response lengths], its explained variance); kept in
-    OUT/value/values.pt.
-
-    V is fitted to the Monte-Carlo return, which is R at every token (lambda = 1, gamma = 1: Sec. 4.1).
-    """
-    path, reward = args.out / "value" / "values.pt", rollouts["reward"]
-    lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+    """(V of every response token [sum of response lengths], its explained variance); kept in OUT/value."""
+    path = args.out / "value" / "values.pt"
     if not path.exists():
-        home = "cpu" if args.shard else device
-        lm = load_policy(args.model, home, args.checkpointing, args.trust_remote_code,
-                         args.offload_activations)
-        network, metrics = ValueNetwork(lm, reward[usable].mean().item()), []
-        del lm
-        optimizer, model = wrap(args, network, network, args.value_lr)
-        batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
-        for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
-            start, batch, sums = time.time(), next(batches), {}
-            n_tokens = response_lengths[batch].sum().item()
-            shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
-            for i, micro in enumerate(shares[rank]):
-                model.require_backward_grad_sync = i == len(shares[rank]) - 1
-                input_ids, mask = pad_responses(rollouts, batch[micro], device)
-                r = reward[batch[micro]].to(device)[:, None]
-                residual = (r - model(input_ids)[0]) * mask             # the return is R in every state
-                (residual.square().sum() / n_tokens * world).backward() # DDP averages; we want the sum
-                residual = residual.detach()
-                add(sums, loss=residual.square().double().sum(), residual=residual.double().sum(),
-                    reward=(r * mask).double().sum())
-            idle_turns(args.shard, model, shares, rank)
-            grad_norm, sums = clip_gradients(network, args.max_grad_norm), reduce_sums(sums)
-            stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            variance = explained_variance(n_tokens, sums["residual"], sums["loss"], sums["reward"])
-            metrics.append(json_line({
-                "step": step, "loss": sums["loss"] / n_tokens, "grad_norm": grad_norm, "tokens": n_tokens,
-                "seconds": time.time() - start, "explained_variance": variance}))
-        values = per_token(rollouts, network, args.micro_tokens, "values", args.shard)[0]
-        if rank == 0:
-            write_atomic(path.with_name("metrics.jsonl"), lambda p: p.write_text("".join(metrics)))
-            write_atomic(path, lambda p: torch.save(values, p))
-        wait_for_all()
+        fit_values(args, rollouts, usable, path, rank, world, device)
     values = read_tensors(path, "file of values", "delete it, they will be computed again")
     if len(values) != rollouts["response_offsets"][-1]:
         raise InputError(f"{path} belongs to other rollouts: delete it")
-    seen, returns = usable.repeat_interleave(response_lengths), reward.repeat_interleave(response_lengths)
+    lengths = rollouts["response_offsets"].diff()
+    seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
     variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
     print_once(f"values: explained variance {variance:.3f}")
     return values, variance
+
+
+def fit_values(args, rollouts, usable, path, rank, world, device):
+    """Fit V to the Monte-Carlo return, which is R at every token (lambda = gamma = 1: Sec. 4.1); save it."""
+    reward, home = rollouts["reward"], "cpu" if args.shard else device
+    lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
+    lm = load_policy(args.model, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
+    network, metrics = ValueNetwork(lm, reward[usable].mean().item()), []
+    del lm
+    optimizer, model = wrap(args, network, network, args.value_lr)
+    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
+    for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
+        start, batch, sums = time.time(), next(batches), {}
+        n_tokens = response_lengths[batch].sum().item()
+        shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
+        for i, micro in enumerate(shares[rank]):
+            model.require_backward_grad_sync = i == len(shares[rank]) - 1
+            input_ids, mask = pad_responses(rollouts, batch[micro], device)
+            r = reward[batch[micro]].to(device)[:, None]
+            residual = (r - model(input_ids)[0]) * mask                 # the return is R in every state
+            (residual.square().sum() / n_tokens * world).backward()     # DDP averages; we want the sum
+            residual = residual.detach()
+            add(sums, loss=residual.square().double().sum(), residual=residual.double().sum(),
+                reward=(r * mask).double().sum())
+        idle_turns(args.shard, model, shares, rank)
+        grad_norm, sums = clip_gradients(network, args.max_grad_norm), reduce_sums(sums)
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        variance = explained_variance(n_tokens, sums["residual"], sums["loss"], sums["reward"])
+        metrics.append(json_line({
+            "step": step, "loss": sums["loss"] / n_tokens, "grad_norm": grad_norm, "tokens": n_tokens,
+            "seconds": time.time() - start, "explained_variance": variance}))
+    values = per_token(rollouts, network, args.micro_tokens, "values", args.shard)[0]
+    if rank == 0:
+        write_atomic(path.with_name("metrics.jsonl"), lambda p: p.write_text("".join(metrics)))
+        write_atomic(path, lambda p: torch.save(values, p))
+    wait_for_all()
 
 
 def ppo_advantages(rollouts, usable, values):
@@ -1015,7 +1019,8 @@ def save_step(out, name, lm, tokenizer, optimizer, step, metrics, save_every):
         kept = metrics if name != "final" else []           # nobody resumes there; seconds would differ
         torch.save({"step": step, "optimizer": moments, "metrics": kept}, partial / "optimizer.pt")
     if ranks()[0] == 0:
-        write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
+        if name == "final":                                 # what a killed run wrote beyond it goes
+            write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
         write_atomic(out / name, write)
         drop_states(out, name, save_every)
         size, total = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2 ** 30

@@ -96,6 +96,7 @@ def test_hostile_programs_cost_the_time_limit_at_most_and_change_nothing(isolate
 
 def test_a_machine_that_cannot_isolate_refuses_before_sampling(monkeypatch, tmp_path, tiny, capsys):
     monkeypatch.setattr(CODE.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))               # and for the grading processes, which start anew
     CODE.sandbox.cache_clear()
     with pytest.raises(rollout.InputError, match="--unsafe-code"):
         rollout.grade(["```\nprint(1)\n```"], ['{"inputs": [""], "outputs": ["1"]}'], "code")
