@@ -7,6 +7,7 @@
 #   REHEARSE=1 [MODEL=... PROMPTS=... BENCHMARKS=... NPROC=2] ./run_rounds.sh NAME|all
 #                           the same commands, only sizes changed (a few prompts, 48 tokens, 3 steps, K = 2),
 #                           to runs/rehearsal; then what each stage took, and what the whole would cost
+#   ./run_rounds.sh map     when distillation beats a single stage, on the demonstration world: some hours
 #   ./run_rounds.sh small   the first experiment on a pretrained model, with a GPU or two patient CPU cores
 #   ./run_rounds.sh test    the tests
 #   ./run_rounds.sh help    this text
@@ -20,7 +21,7 @@ cd "$(dirname "$0")"
 exec 3>&1                             # commands are announced here, also where output goes to a log
 
 SEEDS=${SEEDS:-}                      # of rollouts and training, 0 for the demonstration; all share the base
-ROUNDS=${ROUNDS:-3}
+ROUNDS=${ROUNDS:-2}
 STRATEGY=${STRATEGY:-1}
 OUT=${OUT:-runs/demo}
 TABLES=${TABLES:-runs/$([ -n "${REHEARSE:-}" ] && echo rehearsal || echo tables)}
@@ -29,16 +30,16 @@ PY=python
 if [ "$NPROC" -gt 1 ]; then PY="torchrun --standalone --nproc-per-node $NPROC"; fi
 
 # Sizes of the demonstration world, chosen on its validation prompts; the scripts' defaults are the paper's.
-TOY=${TOY:-}                                  # options of tests/toy.py
-PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-1000}  # as in the paper, with 8 responses each instead of 16
-TEACHER_STEPS=${TEACHER_STEPS:-48}            # 1.5 epochs
-DISTILL_STEPS=${DISTILL_STEPS:-10}            # paper: 10 when iterating rounds
+TOY=${TOY:-}                                  # options of tests/toy.py, for a world of your own
+PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-100}   # few for the model, so that a teacher can drift as in the paper
+TEACHER_STEPS=${TEACHER_STEPS:-64}            # 16 epochs
+DISTILL_STEPS=${DISTILL_STEPS:-8}             # 4 epochs
 MSE_STEPS=${MSE_STEPS:-60}
-K=${K:-16}                                    # samples per test problem
-SAMPLE="-n 8 --temperature 1 --max-tokens 128 --engine hf --shard-prompts 100 --workers 1"
+K=${K:-4}                                     # samples per test problem
+SAMPLE="-n 8 --temperature 0.6 --max-tokens 128 --engine hf --shard-prompts 100 --workers 1"
 TRAIN="--micro-tokens 4096 --no-checkpointing"
-MEASURE="--temperature 1 --top-p 1 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 50
-  --micro-tokens 8192 --workers 1"
+MEASURE="--temperature 0.6 --top-k -1 --max-tokens 128 --engine hf --shard-prompts 100 --micro-tokens 8192
+  --workers 1"
 
 # glibc gives large blocks back to the system after each use; keeping them makes training on CPU a bit faster
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
@@ -47,11 +48,14 @@ export TOKENIZERS_PARALLELISM=false
 # ---- the demonstration -------------------------------------------------------------------------------
 
 demo() {
-  # The world: a small model that is competent but unreliable at a task whose answers can be checked.
-  step "$OUT/base" python tests/toy.py --out "$OUT" $TOY
+  # The world: a small model that is competent but unreliable at a task whose answers can be checked. Its
+  # base is committed, so that everybody starts from the same policy.
+  step "$OUT/base" python tests/toy.py --out "$OUT" ${TOY:---base tests/base}
 
   local seed round dir policy older control rollouts this base=$OUT/base where=$OUT prompts=$OUT/prompts
-  local data="validation=$prompts/validation.jsonl:2 test=$prompts/test.jsonl:$K"
+  # As in Sec. 4.1: accuracy at top-p 0.95, KL on samples of its own, since top-p below 1 would bias it.
+  local SETS="test=$prompts/test.jsonl:$K" benchmarks="test=$prompts/test.jsonl:$K" KL_SAMPLES=1
+  local SCORE="$MEASURE --top-p 0.95" SCORE_KL="$MEASURE --top-p 1"
   for seed in ${SEEDS:-0}; do
     dir=$OUT/seed$seed policy=$base older='' control=$base
     for ((round = 1; round <= ROUNDS; round++)); do
@@ -62,19 +66,19 @@ demo() {
       # Stage 1: a weakly constrained teacher, for dozens of steps on that batch. beta acts through beta x
       # length: 0.5 at 40 tokens is what 0.001 is at 20,000.
       step "$this/teacher/final" $PY teacher.py --model "$policy" --rollouts "$this/rollouts" \
-        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --lr 1e-4 --batch-prompts 32 \
-        --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --lr 3e-4 --batch-prompts 25 \
+        --steps "$TEACHER_STEPS" --save-every 4 $TRAIN
       # Stage 2: back to the policy that wrote the rollouts, and distil.
       if [ "$STRATEGY" = 1 ]; then
         step "$this/student/final" $PY distill.py --student "$policy" --teacher "$this/teacher/final" \
           --denominator old --rollouts "$this/rollouts" --out "$this/student" --seed "$seed" --lr 3e-4 \
-          --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-kind exact --kl-coef 1 $TRAIN
+          --batch-prompts 50 --steps "$DISTILL_STEPS" --kl-kind exact --kl-coef 1 --save-every 4 $TRAIN
       else
         student_by_strategy
       fi
       older=$policy policy=$this/student/final
 
-      # The control: one stage, the teacher's loss with the student's KL term, iterated without distillation.
+      # The control: one stage, the teacher's loss with a KL term of its own, iterated without distillation.
       this=$dir/control$round rollouts=$dir/round1/rollouts  # both start from the base, on the same rollouts
       if [ "$round" -gt 1 ]; then
         rollouts=$this/rollouts
@@ -82,12 +86,13 @@ demo() {
           --out "$rollouts" --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
       step "$this/teacher/final" $PY teacher.py --model "$control" --rollouts "$rollouts" \
-        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --kl-coef 1 --kl-kind exact --lr 1e-4 \
-        --batch-prompts 32 --steps "$TEACHER_STEPS" --save-every 16 $TRAIN
+        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --kl-coef 3 --kl-kind exact --lr 3e-4 \
+        --batch-prompts 25 --steps "$TEACHER_STEPS" --save-every 4 $TRAIN
       control=$this/teacher/final
 
-      score "$data" "$MEASURE" "$base" $(path "$dir/round$round/teacher" "$TEACHER_STEPS" 16) "$policy" \
-        "$control"
+      measure base $(doubling "round$round/teacher" "$TEACHER_STEPS") \
+        $(doubling "round$round/student" "$DISTILL_STEPS") $(doubling "control$round/teacher" "$TEACHER_STEPS")
+      report_demo
     done
 
     # Weak to strong (strategy 2): an MSE teacher, worse than the base, over its early "unlearned" checkpoint.
@@ -97,12 +102,16 @@ demo() {
     step "$this/student/final" $PY distill.py --student "$base" --teacher "$this/teacher/final" \
       --denominator "$this/teacher/step-0010" --rollouts "$rollouts" --out "$this/student" --seed "$seed" \
       --lr 3e-4 --batch-prompts 64 --steps "$DISTILL_STEPS" --kl-coef 0.1 --kl-kind exact $TRAIN
-    score "$data" "$MEASURE" "$this/teacher/step-0010" "$this/teacher/final" "$this/student/final"
+    measure mse/teacher/{step-0010,final} mse/student/final
   done
+  report_demo
+  echo "report: $OUT/report.md"
+}
+
+report_demo() {       # where there is news
   if [ -n "${DRY_RUN:-}" ] || [ ! -e "$OUT/report.md" ] || [ "$OUT/results.jsonl" -nt "$OUT/report.md" ]; then
     step "" python evaluate.py --report "$OUT" --title "demonstration world"
   fi
-  echo "report: $OUT/report.md"
 }
 
 # ---- what the recipes share --------------------------------------------------------------------------
@@ -124,6 +133,12 @@ step() {              # step OUTPUT COMMAND...   print the command, run it unles
 path() {              # path RUN STEPS EVERY   the checkpoints that a training run saves
   local i
   for ((i = $3; i < $2; i += $3)); do printf '%s/step-%04d ' "$1" "$i"; done
+  echo "$1/final"
+}
+
+doubling() {          # doubling RUN STEPS   its checkpoints 4, 8, 16, 32 ... and the last
+  local i
+  for ((i = 4; i < $2; i *= 2)); do printf '%s/step-%04d ' "$1" "$i"; done
   echo "$1/final"
 }
 
@@ -183,7 +198,7 @@ stop() {              # stop CODE SIGNAL
   exit "$1"
 }
 
-for part in settings commands strategies recipes small; do
+for part in settings commands strategies recipes small map; do
   # shellcheck disable=SC1090
   . "tests/paper/$part.sh"
 done
@@ -195,6 +210,7 @@ case "$command" in
   demo) REHEARSE=''; begin "$OUT"; demo ;;
   table[1-9]|table1[0-2]|fig[4-9]|fig10) begin "$TABLES"; tables "$command" ;;
   all) begin "$TABLES"; tables $ALL ;;
+  map) REHEARSE=''; begin "$MAP"; map ;;
   small) REHEARSE=''; begin "${SMALL:-runs/small}"; small ;;
   test) [ -n "${DRY_RUN:-}" ] || setup; ${DRY_RUN:+echo} python -m pytest tests -q "${@:2}" ;;
   help|-h|--help)

@@ -260,16 +260,18 @@ def test_what_lacks_a_row_is_told_by_benchmark_and_half_the_kl_is_found(qwen, tm
 
 def test_the_report_of_a_demonstration_holds_rounds_findings_and_every_checkpoint(tmp_path, capsys):
     demo = tmp_path / "demo"
-    rows = [fake_row(demo, f"{demo}/base", 0.4, 0.0, b) for b in ("validation", "test")]
+    rows = [fake_row(demo, f"{demo}/base", 0.4, 0.0, b) for b in ("kl", "test")]
     for seed in (0, 1):
         for out, accuracy in (("round1/teacher", 0.6), ("control1/teacher", 0.5), ("mse/teacher", 0.2)):
             rows += fake_run(demo, seed, out, 20, 10, accuracy, "teacher.py", "round1/rollouts",
-                             model=f"{demo}/base")
+                             ("kl", "test"), model=f"{demo}/base")
         rows += fake_run(demo, seed, "round1/student", 10, 10, 0.7, "distill.py", "round1/rollouts",
-                         student=f"{demo}/base")
+                         ("kl", "test"), student=f"{demo}/base")
     for row in rows:
-        row |= {"base": f"{demo}/base", "temperature": 1.0, "top_p": 1.0}
-        row["kl"] = 0.01 if "/student/" in row["model"] else row["kl"]
+        row |= {"base": f"{demo}/base", "temperature": 0.6, "top_p": 0.95}
+        student = "/student/" in row["model"]
+        row["kl"] = 9.0 if row["benchmark"] == "test" else 0.01 if student else row["kl"]
+        row["pass_at_k"] = 0.9 if student else 0.8 if "/teacher/" in row["model"] else 1.0
     write_rows(demo / "results.jsonl", rows)
     assert conftest.run_here("evaluate.py", "--report", demo, "--title", "a test") == 0
     text, printed = (demo / "report.md").read_text(), capsys.readouterr().out
@@ -278,9 +280,12 @@ def test_the_report_of_a_demonstration_holds_rounds_findings_and_every_checkpoin
              if line[:1] == "|"}
     assert list(lines)[2:] == ["base", "round1/teacher", "round1/student", "control1/teacher"]
     assert lines["round1/student"] == ("| round1/student | 10 | 0.708 ± 0.000 | 0.021 | 0.0100 ± 0.0000 | "
-                                       "1.000 ± 0.000 | 0.600 ± 0.000 | 40.0 ± 0.0 |")
-    assert "2 of 2 seeds (0.0100 ± 0.0000 against 0.0200 ± 0.0000). Its accuracy is +8.3 ± 0.0 points" in text
-    assert "* After 1 rounds the student is +33.3 points from the base" in printed
+                                       "0.900 ± 0.000 | 0.600 ± 0.000 | 40.0 ± 0.0 |")
+    # within KL 0.01 the teacher's path, from the base (0.375) to 0.625 at 0.02, reaches its middle
+    assert ("the student is +20.8 ± 0.0 points of accuracy from the best point of its teacher's whole path, "
+            "+0.0 ± 0.0 of pass@8: distillation wins (2 seeds)") in text
+    assert "from the best single stage, every control's path and the first teacher's, +0.0" in text
+    assert "* After 1 round the student is +33.3 ± 0.0 points from the base, at a KL of 0.0100" in printed
     assert "| round1/teacher | 10 | 0.625 ± 0.000 |" in text.split("## Every")[1]
     figures = re.findall(r"\((figures/.*?)\)", text)
     assert figures == ["figures/kl.png", "figures/teacher.png", "figures/mse.png"]

@@ -1,9 +1,11 @@
 """The demonstration world: a task with verifiable answers and a small language model that half masters it.
 
-    python tests/toy.py --out runs/demo          # about two minutes on two cores
+    python tests/toy.py --out runs/demo --base tests/base    # the base that is committed, with new prompt files
+    python tests/toy.py --out runs/demo                      # a base trained here: about two minutes on two cores
 
 writes OUT/base (an ordinary Hugging Face checkpoint) and OUT/prompts/{train,validation,test}.jsonl. Everything
-downstream treats them like any other model and any other problem file.
+downstream treats them like any other model and any other problem file. Training takes other turns on another
+processor, so one base is committed, in tests/base: results can be compared only from the same policy.
 
 The task: chains of labelled operations modulo 10, read from left to right. `2A+5B-9C@3` means 2 + 5 = 7, then
 7 - 9 = 8, then 8 @ 3 = 8 + 2 * 3 = 4, so the answer is 4. The model learns from demonstrations by a solver that
@@ -21,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,7 +47,7 @@ def apply(op, a, b, wrong_rule=False):
 def draw_problem(rng, min_ops, max_ops):
     """(start digit, [(operation, digit), ...])"""
     n = rng.randint(min_ops, max_ops)
-    ops = [("@" if rng.random() < 0.12 else rng.choice("+-"), rng.randrange(10)) for _ in range(n)]
+    ops = [("@" if rng.random() < 0.2 else rng.choice("+-"), rng.randrange(10)) for _ in range(n)]
     return rng.randrange(10), ops
 
 
@@ -154,6 +157,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = p.add_argument
     arg("--out", type=Path, required=True, help="OUT/base and OUT/prompts are written")
+    arg("--base", type=Path, help="copy this base instead of training one")
     arg("--seed", type=int, default=0)
     arg("--steps", type=int, default=1500, help="pre-training steps")
     arg("--batch-size", type=int, default=32, help="demonstrations per step")
@@ -163,7 +167,7 @@ def parse_args(argv=None):
     arg("--max-ops", type=int, default=6, help="longest chain, at most 10")
     arg("--train", type=int, default=4000, help="number of training prompts")
     arg("--validation", type=int, default=200)
-    arg("--test", type=int, default=150)
+    arg("--test", type=int, default=300)
     return p.parse_args(argv)
 
 
@@ -172,17 +176,20 @@ def main():
     if (args.out / "base" / "config.json").exists():
         print(f"{args.out / 'base'} exists: nothing to do")
         return
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.hidden, args.layers)
-    pretrain(model, tokenizer, args.seed, args.steps, args.batch_size, args.min_ops, args.max_ops)
     sizes = {"train": args.train, "validation": args.validation, "test": args.test}
     write_prompts(args.out / "prompts", args.seed, sizes, args.min_ops, args.max_ops)
     partial = args.out / "base.partial"
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    if args.base:
+        shutil.copytree(args.base, partial, dirs_exist_ok=True)
+    else:
+        torch.manual_seed(args.seed)
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, args.hidden, args.layers)
+        pretrain(model, tokenizer, args.seed, args.steps, args.batch_size, args.min_ops, args.max_ops)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     os.rename(partial, args.out / "base")                   # complete or absent
-    print(f"wrote {args.out / 'base'} ({sum(p.numel() for p in model.parameters()):,} parameters) and {args.out / 'prompts'}")
+    print(f"wrote {args.out / 'base'} and {args.out / 'prompts'}")
 
 
 if __name__ == "__main__":

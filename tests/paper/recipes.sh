@@ -359,16 +359,19 @@ tables() {            # tables NAME...   their models and seeds, JOBS at a time,
   fi
 }
 
+aside() {             # what follows in this subshell goes on beside others; its output to $dir.log
+  trap 'trap - EXIT; finish; exit 143' TERM
+  mkdir -p "$where"
+  if [ "$JOBS" -gt 1 ]; then          # log is global: the trap runs when locals are gone
+    log=$dir.log
+    trap '[ $? = 0 ] || { tail -n 5 "$log"; echo "run_rounds.sh: stopped, see $log"; } >&3' EXIT
+    exec >> "$log" 2>&1
+  fi
+}
+
 recipes() {           # recipes NAME...   those that want this model and this seed, one after the other
   local name start
-  if [ -z "${DRY_RUN:-}" ]; then
-    trap 'trap - EXIT; finish; exit 143' TERM
-    mkdir -p "$where"
-    if [ "$JOBS" -gt 1 ]; then        # dir is global: the trap runs when locals are gone
-      trap '[ $? = 0 ] || { tail -n 5 "$dir.log"; echo "run_rounds.sh: stopped, see $dir.log"; } >&3' EXIT
-      exec >> "$dir.log" 2>&1
-    fi
-  fi
+  if [ -z "${DRY_RUN:-}" ]; then aside; fi
   for name in "$@"; do
     if ! wanted "$(models "$name")" "$model" || ! wanted "$(seeds "$name")" "$seed"; then continue; fi
     start=$SECONDS benchmarks=$(reads "$name")

@@ -12,17 +12,18 @@ import math
 import re
 import statistics
 
+import torch
 from matplotlib.figure import Figure
 
 from claims import DRAWS, claim_text, decide
 from reads import PAPER, SPECS
 from rollout import InputError, write_atomic
-from runs import TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model
+from runs import TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model, within
 
 DIGITS = {"kl": 4, "hours": 4, "length": 1}
 COLUMNS = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)",
            "length": "length (tokens)", "hours": "hours so far"}
-AXES = {"accuracy": "AVG@K", "kl": "reverse KL to the base (nats per token)",
+AXES = {"accuracy": "AVG@K", "pass": "pass@K", "kl": "reverse KL to the base (nats per token)",
         "prob_pos": "mean probability, right responses", "prob_neg": "mean probability, wrong responses",
         "train_entropy": "entropy on the rollouts (nats per token)",
         "explained_variance": "explained variance of the reward",
@@ -372,37 +373,59 @@ def points(values):
     return f"{100 * mean:+.1f}" + (f" ± {100 * se:.1f}" if se is not None else "")
 
 
-def findings(model_runs, over):
-    """What the rows say about the questions that a reader brings, in sentences with numbers."""
-    def values(metric, name, seeds):
-        return [number(model_runs, seed, metric, name, over) for seed in seeds]
+def lead_at_equal_kl(model_runs, student, rivals, over):
+    """(accuracy, pass@K) of a student less those of the best point of the rivals' paths within its KL.
 
-    def gains(name, rival, seeds):
-        pairs = zip(values("accuracy", name, seeds), values("accuracy", rival, seeds))
-        return [mine - theirs for mine, theirs in pairs if mine is not None]
-    found = [re.fullmatch(r"round(\d+)/student", label) for label in model_runs["runs"]]
-    rounds, lines, seeds = sorted(int(match[1]) for match in found if match), [], model_runs["seeds"]
-    for n in rounds:
-        student, teacher = f"round{n}/student@measured", f"round{n}/teacher@measured"
-        best = f"round{n}/teacher@best"
-        both = [s for s in seeds if None not in (*values("kl", student, [s]), *values("kl", teacher, [s]))]
-        if not both:
+    One tensor [2] per seed that has them all; [] if none has. A rival may stop wherever it is best on the
+    very problems that decide: a bias against the student, of about the noise of one checkpoint.
+    """
+    def point(seed, name):
+        kl, *numbers = (number(model_runs, seed, metric, name, over) for metric in ("kl", "accuracy", "pass"))
+        return kl, torch.tensor(numbers)
+    leads = []
+    for seed in model_runs["seeds"]:
+        runs = [model_runs["runs"].get(label, {}).get(seed) for label in rivals]
+        if None in runs or checkpoint(model_runs, seed, student) is None:
             continue
-        kl, teacher_kl, best_kl = (values("kl", name, both) for name in (student, teacher, best))
-        lower = sum(a < b for a, b in zip(kl, teacher_kl))
-        lines.append(
-            f"* Round {n}: the student's KL is below its teacher's in {lower} of {len(both)} seeds "
-            f"({cell(kl, 4)} against {cell(teacher_kl, 4)}). Its accuracy is "
-            f"{points(gains(student, teacher, both))} points from the teacher's last checkpoint and "
-            f"{points(gains(student, best, both))} from the best checkpoint of the teacher's path (picked on "
-            f"this benchmark, so it flatters the teacher), whose KL is {cell(best_kl, 4)}.")
-    last = max(rounds, default=0)
-    whole = {f"round{last}/student@measured": f"After {last} rounds the student",
-             f"control{last}/teacher@measured": "The control, one stage per round and no distillation,"}
+        kl, mine = point(seed, student)
+        paths = [["base"], *([f"{label}@start", *(f"{label}@{step}" for step in measured(run, over))]
+                             for label, run in zip(rivals, runs))]
+        reached = (within([point(seed, name) for name in path], kl) for path in paths)
+        leads.append(mine - max(itertools.chain(*reached), key=lambda numbers: numbers[0]))
+    return leads
+
+
+def winner(leads):
+    """Who is ahead, where the lead is at least two standard errors over seeds; one seed decides nothing."""
+    mean, se = mean_se(leads)
+    if se is None or abs(mean) < 2 * se:
+        return "not separated"
+    return "distillation wins" if mean > 0 else "the single stage wins"
+
+
+def findings(model_runs, over):
+    """Who wins: a sentence for each round and rival, and what all rounds reach."""
+    found = [re.fullmatch(r"round(\d+)/student", label) for label in model_runs["runs"]]
+    base, k = model_runs["base"][over[0]]["avg_at_k"], model_runs["base"][over[0]]["k"]
+    rounds, lines = sorted(int(match[1]) for match in found if match), []
+    for n in rounds:
+        rivals = {"the best point of its teacher's whole path": [f"round{n}/teacher"],
+                  "the best single stage, every control's path and the first teacher's": [
+                      "round1/teacher", *(f"control{i}/teacher" for i in rounds if i <= n)]}
+        for what, labels in rivals.items():
+            if leads := lead_at_equal_kl(model_runs, f"round{n}/student@measured", labels, over):
+                accuracy, passes = zip(*(lead.tolist() for lead in leads))
+                lines.append(f"* Round {n}, within the student's KL: the student is {points(accuracy)} points "
+                             f"of accuracy from {what}, {points(passes)} of pass@{k}: "
+                             f"{winner(accuracy)} ({len(leads)} seed{'s' * (len(leads) > 1)}).")
+    whole = {f"{name}{n}/{stage}@measured": what for n in rounds[-1:] for name, stage, what in (
+        ("round", "student", f"After {n} round{'s' * (n > 1)} the student"),
+        ("control", "teacher", "The control, one stage per round and no distillation,"))}
     for name, what in whole.items():
-        if gain := gains(name, "base", seeds):
-            kl, gain = cell(over_seeds(model_runs, "kl", name, over), 4), 100 * statistics.fmean(gain)
-            lines.append(f"* {what} is {gain:+.1f} points from the base, at a KL of {kl}.")
+        if values := over_seeds(model_runs, "accuracy", name, over):
+            gains = [value - base for value in values]
+            kl = cell(over_seeds(model_runs, "kl", name, over), 4)
+            lines.append(f"* {what} is {points(gains)} points from the base, at a KL of {kl}.")
     return "\n".join(lines) + "\n"
 
 
@@ -448,7 +471,8 @@ def report(folder, title=""):
     if not model_runs["scored"]:
         raise InputError(f"{folder}/results.jsonl has no row of the base: evaluate it, --model B --base B")
     benchmark = spec["benchmark"] if spec["benchmark"] in model_runs["scored"] else model_runs["scored"][-1]
-    model_runs |= {"scored": [benchmark], "own": [benchmark], "selection": benchmark, "kl": benchmark}
+    kl = model_runs["kl"] if "kl" in model_runs["base"] else benchmark
+    model_runs |= {"scored": [benchmark], "own": [benchmark], "selection": benchmark, "kl": kl}
     seeds, base = model_runs["seeds"], model_runs["base"][benchmark]
     rounds, every = rounds_and_checkpoints(spec, model_runs, [benchmark])
     text = [f"# Extreme Region Policy Distillation: report of {folder.name}{title and f' ({title})'}\n",
@@ -456,7 +480,8 @@ def report(folder, title=""):
             f"{base['temperature']:g}, top-p {base['top_p']:g}; {len(seeds)} seed(s) of rollouts and "
             f"training ({', '.join(seeds)}). With several seeds, ± is the standard error over seeds; "
             "*sampling s.e.* is the part that comes from drawing K responses to fixed problems. KL is the "
-            "reverse KL to the base, on samples of the evaluated policy.\n"]
+            "reverse KL to the base, on samples of the evaluated policy"
+            f"{' of their own, at top-p 1' if kl == 'kl' else ''}.\n"]
     if runs_of(spec["rounds"], model_runs):
         text += ["## Rounds\n", rounds, findings(model_runs, [benchmark])]
     shown = [line for line in text[1:] if not line.startswith("#")]

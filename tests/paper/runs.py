@@ -204,6 +204,18 @@ def over_seeds(model_runs, metric, name, over, seeds=None, key="avg_at_k"):
     return [value for value in values if value is not None]
 
 
+def within(path, kl):
+    """What a path [(KL, numbers [M])] reaches within a KL: its points, and where it crosses it.
+
+    Linear between neighbouring checkpoints. One number of the rows, say the accuracy, then picks the best.
+    """
+    reached = [numbers for at, numbers in path if at <= kl]
+    for (k0, first), (k1, second) in itertools.pairwise(path):
+        if min(k0, k1) <= kl < max(k0, k1):
+            reached.append(first + (second - first) * (kl - k0) / (k1 - k0))
+    return reached
+
+
 def mean_se(values):
     """(mean, standard error over seeds, None for one seed)."""
     values = list(values)

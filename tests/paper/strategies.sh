@@ -9,13 +9,13 @@
 
 student_by_strategy() {  # makes $this/student from $policy on the rollouts of this round
   local strategy=$STRATEGY i candidates="" r=${this#"$dir/"} start=${policy#"$dir/"} before=${older#"$dir/"}
-  local FLAGS=$TRAIN benchmarks=$data SCORE=$MEASURE SCORE_KL=''
-  local train="--lr 3e-4 --batch-prompts 64 --steps $DISTILL_STEPS --kl-kind exact"
+  local FLAGS=$TRAIN validation="validation=$prompts/validation.jsonl:4"
+  local train="--lr 3e-4 --batch-prompts 50 --steps $DISTILL_STEPS --save-every 4 --kl-kind exact"
   local mse="--batch-prompts 16 --steps $MSE_STEPS --save-every 10"
   if [ "$strategy" = auto ]; then
     strategy=1                        # DRY_RUN prints this
     if [ -z "${DRY_RUN:-}" ]; then
-      measure "$start" "$r/teacher/final"
+      validate "$start" "$r/teacher/final"
       if [ "$(choose validation "--margin 2" "$start" "$r/teacher/final")" = "$start" ]; then strategy=2; fi
       echo "round $round of seed $seed: strategy $strategy"
     fi
@@ -42,7 +42,7 @@ student_by_strategy() {  # makes $this/student from $policy on the rollouts of t
         distil "$r/student-older" "$start" "$r/teacher/final" "$before" "$r/rollouts" $train --kl-coef 1
         candidates="$candidates $r/student-older/final"
       fi
-      measure $candidates
+      validate $candidates
       pick $candidates ;;
     3)                                # in round 1 nothing is older than pi_old
       distil "$r/student" "$start" "$r/teacher/final" "${before:-old}" "$r/rollouts" $train --kl-coef 1 ;;

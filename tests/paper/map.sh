@@ -1,0 +1,110 @@
+# shellcheck shell=bash
+# When does distillation beat a single stage? One stage and two, without a KL term, with the sampled and with
+# the exact one, at equal KL, over the number of prompts and two sizes of the model. Sourced by run_rounds.sh.
+#
+#   ./run_rounds.sh map     runs/map/report.md, some hours on two cores; stopped, the same command continues
+#
+# The protocol, which stood here before the seeds that decide were run: every arm has three settings to try;
+# seed 0 with 100 prompts chooses one per arm and model by the best checkpoint on validation problems; seeds
+# 1, 2 and 3 decide, on test problems. map.py says how the arms are compared.
+
+MAP=${MAP:-runs/map}
+MAP_PROMPTS=${MAP_PROMPTS:-30 100 300 1000}
+MAP_STEPS=${MAP_STEPS:-64}            # of a single stage; students have half, and half is 32
+
+map() {
+  local size n
+  SEEDS=${SEEDS:-1 2 3}
+  if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+  for size in small large; do         # worlds and choices first, beside each other
+    room
+    map_job "$size" 100 0 choosing &
+  done
+  while [ -n "$(jobs -p)" ]; do wait -n; done
+  for size in small large; do
+    for n in $MAP_PROMPTS; do
+      for seed in $SEEDS; do
+        room
+        map_job "$size" "$n" "$seed" deciding &
+      done
+    done
+  done
+  while [ -n "$(jobs -p)" ]; do wait -n; done
+  step "" python tests/paper/map.py "$MAP"
+}
+
+map_job() {           # map_job SIZE PROMPTS SEED WHAT   one cell and seed, in a subshell
+  local size=$1 seed=$3 where=$MAP/$1-$2 dir=$MAP/$1-$2/seed$3 validation='' toy
+  local world=$MAP/worlds/$1 base=$MAP/worlds/$1/base prompts=$MAP/worlds/$1/prompts/train.jsonl
+  case $size in
+    small) toy=${TOY:---base tests/base} ;;
+    large) toy="$TOY --hidden ${MAP_HIDDEN:-160} --layers 4" ;;
+  esac
+  if [ -z "${DRY_RUN:-}" ]; then aside; fi
+  step "$base" python tests/toy.py --out "$world" $toy
+  local benchmarks="test=$world/prompts/test.jsonl:4" KL_SAMPLES=1 FLAGS=$TRAIN
+  local SETS=$benchmarks SCORE="$MEASURE --top-p 0.95" SCORE_KL="$MEASURE --top-p 1"
+  local COLLECT="--num-prompts $2 $SAMPLE"
+  collect rollouts base 1
+  "$4"
+}
+
+arm() {               # arm STAGE KIND TRY   trains one arm on the rollouts of this seed with one of its settings
+  local kl="--lr 3e-4 --kl-kind $2 --kl-coef"
+  local flags
+  case $2$3 in
+    none1) flags="--lr 1e-4" ;;       # no weight to try: learning rates
+    none2) flags="--lr 3e-4" ;;
+    none3) flags="--lr 1e-3" ;;
+    *1) flags="$kl 1" ;;
+    *2) flags="$kl 3" ;;
+    *3) flags="$kl 10" ;;
+  esac
+  case $1 in
+    one) teach "one-$2-$3" base rollouts --loss ce --beta 0.5 $flags --batch-prompts 25 --steps "$MAP_STEPS" \
+      --save-every 4 ;;
+    two) distil "two-$2-$3" base one-none-2/final old rollouts $flags --batch-prompts 25 \
+      --steps "$((MAP_STEPS / 2))" --save-every 4 ;;
+  esac
+}
+
+arm_path() {          # arm_path ARM   the checkpoints that are measured
+  case $1 in
+    one-*) doubling "$1" "$MAP_STEPS" ;;
+    two-*) doubling "$1" "$((MAP_STEPS / 2))" ;;
+  esac
+}
+
+choosing() {          # all tries of all arms, on validation problems
+  local validation="validation=$world/prompts/validation.jsonl:4" stage kind i tried=''
+  for stage in one two; do            # the teacher of all students is one of the first
+    for kind in none sampled exact; do
+      for i in 1 2 3; do
+        arm $stage $kind $i
+        tried="$tried $(arm_path $stage-$kind-$i)"
+      done
+    done
+  done
+  validate base $tried
+}
+
+deciding() {          # the chosen try of each arm, on test problems
+  local stage kind try arms=''
+  arm one none 2                      # the teacher of both stages, as in the demonstration
+  for stage in one two; do
+    for kind in none sampled exact; do
+      try=$(chosen $stage $kind)
+      arm $stage $kind $try
+      arms="$arms $(arm_path $stage-$kind-$try)"
+    done
+  done
+  measure base $arms
+}
+
+chosen() {            # chosen STAGE KIND   which try was best on validation problems in seed 0; a dry run takes 2
+  local best where=$MAP/$size-100 dir=$MAP/$size-100/seed0
+  if [ -n "${DRY_RUN:-}" ]; then echo 2; return; fi
+  best=$(choose validation "" $(for i in 1 2 3; do arm_path "$1-$2-$i"; done))
+  best=${best%%/*}
+  echo "${best##*-}"
+}
