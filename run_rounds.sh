@@ -33,7 +33,7 @@ if [ "$NPROC" -gt 1 ]; then PY="torchrun --standalone --nproc-per-node $NPROC"; 
 TOY=${TOY:-}                                  # options of tests/toy.py, for a world of your own
 PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-100}   # few for the model, so that a teacher can drift as in the paper
 TEACHER_STEPS=${TEACHER_STEPS:-64}            # 16 epochs
-DISTILL_STEPS=${DISTILL_STEPS:-8}             # 4 epochs
+DISTILL_STEPS=${DISTILL_STEPS:-16}            # 8 epochs, on whole batches of half the prompts
 MSE_STEPS=${MSE_STEPS:-60}
 K=${K:-4}                                     # samples per test problem
 SAMPLE="-n 8 --temperature 0.6 --max-tokens 128 --engine hf --shard-prompts 100 --workers 1"
@@ -72,7 +72,7 @@ demo() {
       if [ "$STRATEGY" = 1 ]; then
         step "$this/student/final" $PY distill.py --student "$policy" --teacher "$this/teacher/final" \
           --denominator old --rollouts "$this/rollouts" --out "$this/student" --seed "$seed" --lr 3e-4 \
-          --batch-prompts 50 --steps "$DISTILL_STEPS" --kl-kind exact --kl-coef 1 --save-every 4 $TRAIN
+          --batch-prompts 50 --steps "$DISTILL_STEPS" --kl-kind exact --kl-coef 0.3 --save-every 4 $TRAIN
       else
         student_by_strategy
       fi
@@ -86,7 +86,7 @@ demo() {
           --out "$rollouts" --num-prompts "$PROMPTS_PER_ROUND" --seed "$((100 * seed + round))" $SAMPLE
       fi
       step "$this/teacher/final" $PY teacher.py --model "$control" --rollouts "$rollouts" \
-        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --kl-coef 3 --kl-kind exact --lr 3e-4 \
+        --out "$this/teacher" --seed "$seed" --loss ce --beta 0.5 --kl-coef 10 --kl-kind exact --lr 3e-4 \
         --batch-prompts 25 --steps "$TEACHER_STEPS" --save-every 4 $TRAIN
       control=$this/teacher/final
 

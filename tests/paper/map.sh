@@ -4,7 +4,7 @@
 #
 #   ./run_rounds.sh map     runs/map/report.md, some hours on two cores; stopped, the same command continues
 #
-# The protocol, which stood here before the seeds that decide were run: every arm has three settings to try;
+# The protocol, which stood here before the seeds that decide were run: every arm has four settings to try;
 # seed 0 with 100 prompts chooses one per arm and model by the best checkpoint on validation problems; seeds
 # 1, 2 and 3 decide, on test problems. map.py says how the arms are compared.
 
@@ -16,11 +16,10 @@ map() {
   local size n
   SEEDS=${SEEDS:-1 2 3}
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
-  for size in small large; do         # worlds and choices first, beside each other
-    room
-    map_job "$size" 100 0 choosing &
-  done
-  while [ -n "$(jobs -p)" ]; do wait -n; done
+  map_job large 100 0 choosing &      # takes longer, so it begins
+  room
+  map_job small 100 0 choosing &
+  wait $!
   for size in small large; do
     for n in $MAP_PROMPTS; do
       for seed in $SEEDS; do
@@ -28,8 +27,8 @@ map() {
         map_job "$size" "$n" "$seed" deciding &
       done
     done
+    while [ -n "$(jobs -p)" ]; do wait -n; done
   done
-  while [ -n "$(jobs -p)" ]; do wait -n; done
   step "" python tests/paper/map.py "$MAP"
 }
 
@@ -38,7 +37,7 @@ map_job() {           # map_job SIZE PROMPTS SEED WHAT   one cell and seed, in a
   local world=$MAP/worlds/$1 base=$MAP/worlds/$1/base prompts=$MAP/worlds/$1/prompts/train.jsonl
   case $size in
     small) toy=${TOY:---base tests/base} ;;
-    large) toy="$TOY --hidden ${MAP_HIDDEN:-160} --layers 4" ;;
+    large) toy="$TOY --hidden ${MAP_HIDDEN:-128} --layers 4" ;;
   esac
   if [ -z "${DRY_RUN:-}" ]; then aside; fi
   step "$base" python tests/toy.py --out "$world" $toy
@@ -53,17 +52,19 @@ arm() {               # arm STAGE KIND TRY   trains one arm on the rollouts of t
   local kl="--lr 3e-4 --kl-kind $2 --kl-coef"
   local flags
   case $2$3 in
-    none1) flags="--lr 1e-4" ;;       # no weight to try: learning rates
-    none2) flags="--lr 3e-4" ;;
-    none3) flags="--lr 1e-3" ;;
-    *1) flags="$kl 1" ;;
-    *2) flags="$kl 3" ;;
-    *3) flags="$kl 10" ;;
+    none1) flags="--lr 3e-5" ;;       # no weight to try: learning rates
+    none2) flags="--lr 1e-4" ;;
+    none3) flags="--lr 3e-4" ;;
+    none4) flags="--lr 1e-3" ;;
+    *1) flags="$kl 0.3" ;;
+    *2) flags="$kl 1" ;;
+    *3) flags="$kl 3" ;;
+    *4) flags="$kl 10" ;;
   esac
   case $1 in
     one) teach "one-$2-$3" base rollouts --loss ce --beta 0.5 $flags --batch-prompts 25 --steps "$MAP_STEPS" \
       --save-every 4 ;;
-    two) distil "two-$2-$3" base one-none-2/final old rollouts $flags --batch-prompts 25 \
+    two) distil "two-$2-$3" base one-none-3/final old rollouts $flags --batch-prompts 25 \
       --steps "$((MAP_STEPS / 2))" --save-every 4 ;;
   esac
 }
@@ -79,7 +80,7 @@ choosing() {          # all tries of all arms, on validation problems
   local validation="validation=$world/prompts/validation.jsonl:4" stage kind i tried=''
   for stage in one two; do            # the teacher of all students is one of the first
     for kind in none sampled exact; do
-      for i in 1 2 3; do
+      for i in 1 2 3 4; do
         arm $stage $kind $i
         tried="$tried $(arm_path $stage-$kind-$i)"
       done
@@ -90,7 +91,7 @@ choosing() {          # all tries of all arms, on validation problems
 
 deciding() {          # the chosen try of each arm, on test problems
   local stage kind try arms=''
-  arm one none 2                      # the teacher of both stages, as in the demonstration
+  arm one none 3                      # the teacher of both stages, as in the demonstration
   for stage in one two; do
     for kind in none sampled exact; do
       try=$(chosen $stage $kind)
@@ -101,10 +102,10 @@ deciding() {          # the chosen try of each arm, on test problems
   measure base $arms
 }
 
-chosen() {            # chosen STAGE KIND   which try was best on validation problems in seed 0; a dry run takes 2
+chosen() {            # chosen STAGE KIND   which try was best on validation problems in seed 0; a dry run takes 3
   local best where=$MAP/$size-100 dir=$MAP/$size-100/seed0
-  if [ -n "${DRY_RUN:-}" ]; then echo 2; return; fi
-  best=$(choose validation "" $(for i in 1 2 3; do arm_path "$1-$2-$i"; done))
+  if [ -n "${DRY_RUN:-}" ]; then echo 3; return; fi
+  best=$(choose validation "" $(for i in 1 2 3 4; do arm_path "$1-$2-$i"; done))
   best=${best%%/*}
   echo "${best##*-}"
 }
