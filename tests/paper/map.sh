@@ -5,21 +5,27 @@
 #   ./run_rounds.sh map     runs/map/report.md, some hours on two cores; stopped, the same command continues
 #
 # The protocol, which stood here before the seeds that decide were run: every arm has four settings to try;
-# seed 0 with 100 prompts chooses one per arm and model by the best checkpoint on validation problems; seeds
-# 1, 2 and 3 decide, on test problems. map.py says how the arms are compared.
+# seed 0 of the small model with 100 prompts chooses one per arm by the best checkpoint on validation problems,
+# for both sizes and all numbers of prompts; seeds 1, 2 and 3 decide, on test problems. map.py says how the
+# arms are compared.
 
 MAP=${MAP:-runs/map}
 MAP_PROMPTS=${MAP_PROMPTS:-30 100 300 1000}
 MAP_STEPS=${MAP_STEPS:-64}            # of a single stage; students have half, and half is 32
 
 map() {
-  local size n
+  local size n seed stage
   SEEDS=${SEEDS:-1 2 3}
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
-  map_job large 100 0 choosing &      # takes longer, so it begins
-  room
-  map_job small 100 0 choosing &
+  map_world small
+  map_world large &                   # is trained here, beside the choice
+  map_job small 100 0 arm one none 3 &                  # the teacher of all students
   wait $!
+  for stage in one two; do
+    room
+    map_job small 100 0 choosing $stage &
+  done
+  while [ -n "$(jobs -p)" ]; do wait -n; done
   for size in small large; do
     for n in $MAP_PROMPTS; do
       for seed in $SEEDS; do
@@ -32,20 +38,21 @@ map() {
   step "" python tests/paper/map.py "$MAP"
 }
 
-map_job() {           # map_job SIZE PROMPTS SEED WHAT   one cell and seed, in a subshell
-  local size=$1 seed=$3 where=$MAP/$1-$2 dir=$MAP/$1-$2/seed$3 validation='' toy
+map_world() {         # map_world SIZE   328,032 parameters, or 761,216
+  local toy=${TOY:---base tests/base}
+  if [ "$1" = large ]; then toy="$TOY --hidden 128 --layers 4"; fi
+  step "$MAP/worlds/$1/base" python tests/toy.py --out "$MAP/worlds/$1" $toy
+}
+
+map_job() {           # map_job SIZE PROMPTS SEED COMMAND...   one cell and seed, in a subshell
+  local size=$1 seed=$3 where=$MAP/$1-$2 dir=$MAP/$1-$2/seed$3 validation=''
   local world=$MAP/worlds/$1 base=$MAP/worlds/$1/base prompts=$MAP/worlds/$1/prompts/train.jsonl
-  case $size in
-    small) toy=${TOY:---base tests/base} ;;
-    large) toy="$TOY --hidden ${MAP_HIDDEN:-128} --layers 4" ;;
-  esac
   if [ -z "${DRY_RUN:-}" ]; then aside; fi
-  step "$base" python tests/toy.py --out "$world" $toy
   local benchmarks="test=$world/prompts/test.jsonl:4" KL_SAMPLES=1 FLAGS=$TRAIN
   local SETS=$benchmarks SCORE="$MEASURE --top-p 0.95" SCORE_KL="$MEASURE --top-p 1"
   local COLLECT="--num-prompts $2 $SAMPLE"
   collect rollouts base 1
-  "$4"
+  "${@:4}"
 }
 
 arm() {               # arm STAGE KIND TRY   trains one arm on the rollouts of this seed with one of its settings
@@ -62,9 +69,9 @@ arm() {               # arm STAGE KIND TRY   trains one arm on the rollouts of t
     *4) flags="$kl 10" ;;
   esac
   case $1 in
-    one) teach "one-$2-$3" base rollouts --loss ce --beta 0.5 $flags --batch-prompts 25 --steps "$MAP_STEPS" \
+    one) teach "one-$2-$3" base rollouts --loss ce --beta 0.5 $flags --batch-prompts 16 --steps "$MAP_STEPS" \
       --save-every 4 ;;
-    two) distil "two-$2-$3" base one-none-3/final old rollouts $flags --batch-prompts 25 \
+    two) distil "two-$2-$3" base one-none-3/final old rollouts $flags --batch-prompts 16 \
       --steps "$((MAP_STEPS / 2))" --save-every 4 ;;
   esac
 }
@@ -76,17 +83,15 @@ arm_path() {          # arm_path ARM   the checkpoints that are measured
   esac
 }
 
-choosing() {          # all tries of all arms, on validation problems
-  local validation="validation=$world/prompts/validation.jsonl:4" stage kind i tried=''
-  for stage in one two; do            # the teacher of all students is one of the first
-    for kind in none sampled exact; do
-      for i in 1 2 3 4; do
-        arm $stage $kind $i
-        tried="$tried $(arm_path $stage-$kind-$i)"
-      done
+choosing() {          # choosing STAGE   all tries of its arms, on validation problems
+  local validation="validation=$world/prompts/validation.jsonl:4" kind i tried=''
+  for kind in none sampled exact; do
+    for i in 1 2 3 4; do
+      arm $1 $kind $i
+      tried="$tried $(arm_path $1-$kind-$i)"
     done
   done
-  validate base $tried
+  validate $tried
 }
 
 deciding() {          # the chosen try of each arm, on test problems
@@ -103,7 +108,7 @@ deciding() {          # the chosen try of each arm, on test problems
 }
 
 chosen() {            # chosen STAGE KIND   which try was best on validation problems in seed 0; a dry run takes 3
-  local best where=$MAP/$size-100 dir=$MAP/$size-100/seed0
+  local best where=$MAP/small-100 dir=$MAP/small-100/seed0
   if [ -n "${DRY_RUN:-}" ]; then echo 3; return; fi
   best=$(choose validation "" $(for i in 1 2 3 4; do arm_path "$1-$2-$i"; done))
   best=${best%%/*}
