@@ -61,8 +61,8 @@ def true_answer(start, ops):
     return start
 
 
-def demonstrate(rng, start, ops, error_rate=0.05):
-    """A solution as the unreliable solver writes it, the final answer in a box."""
+def demonstrate(rng, start, ops, error_rate=0.05, opening=0):
+    """A solution as the unreliable solver writes it, the final answer in a box; it opens with `opening` random words."""
     wrong_rule = rng.random() < 0.6
     style = rng.choices(["fast", "careful", "skipping"], weights=[55, 25, 20])[0]
 
@@ -71,7 +71,7 @@ def demonstrate(rng, start, ops, error_rate=0.05):
             a = apply(op, a, b, wrong_rule)
         return (a + rng.randrange(1, 10)) % 10 if rng.random() < error_rate else a
 
-    out, value, i, width = [], start, 0, 2 if style == "skipping" else 1
+    out, value, i, width = [word + " " for word in rng.choices(WORDS, k=opening)], start, 0, 2 if style == "skipping" else 1
     while i < len(ops):
         chunk = ops[i:i + width]
         labels = "".join(chr(65 + i + j) for j in range(len(chunk)))
@@ -110,7 +110,7 @@ def build_model(tokenizer, hidden=96, layers=3):
     return model
 
 
-def pretrain(model, tokenizer, seed, steps, batch_size, min_ops, max_ops, lr=3e-3, warmup=50):
+def pretrain(model, tokenizer, seed, steps, batch_size, min_ops, max_ops, opening=0, lr=3e-3, warmup=50):
     """Next-token prediction on demonstrations, loss on the response only; the schedule counts steps, not seconds."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -123,7 +123,7 @@ def pretrain(model, tokenizer, seed, steps, batch_size, min_ops, max_ops, lr=3e-
         for _ in range(batch_size):
             start, ops = draw_problem(rng, min_ops, max_ops)
             prompt = tokenizer.encode(f"{USER}{problem_text(start, ops)}{ASSISTANT}")
-            rows.append((prompt, tokenizer.encode(demonstrate(rng, start, ops) + EOS)))
+            rows.append((prompt, tokenizer.encode(demonstrate(rng, start, ops, opening=opening) + EOS)))
         length = max(len(p) + len(r) for p, r in rows)
         input_ids = torch.tensor([p + r + [0] * (length - len(p) - len(r)) for p, r in rows])
         labels = torch.tensor([[-100] * len(p) + r + [-100] * (length - len(p) - len(r)) for p, r in rows])
@@ -165,6 +165,7 @@ def parse_args(argv=None):
     arg("--layers", type=int, default=3)
     arg("--min-ops", type=int, default=4, help="shortest chain")
     arg("--max-ops", type=int, default=6, help="longest chain, at most 10")
+    arg("--opening", type=int, default=0, help="random words that open a response and tell it from all others")
     arg("--train", type=int, default=4000, help="number of training prompts")
     arg("--validation", type=int, default=200)
     arg("--test", type=int, default=300)
@@ -185,7 +186,7 @@ def main():
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, args.hidden, args.layers)
-        pretrain(model, tokenizer, args.seed, args.steps, args.batch_size, args.min_ops, args.max_ops)
+        pretrain(model, tokenizer, args.seed, args.steps, args.batch_size, args.min_ops, args.max_ops, args.opening)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     os.rename(partial, args.out / "base")                   # complete or absent
