@@ -56,6 +56,7 @@ demo() {
   # As in Sec. 4.1: accuracy at top-p 0.95, KL on samples of its own, since top-p below 1 would bias it.
   local SETS="test=$prompts/test.jsonl:$K" benchmarks="test=$prompts/test.jsonl:$K" KL_SAMPLES=1
   local SCORE="$MEASURE --top-p 0.95" SCORE_KL="$MEASURE --top-p 1"
+  local validation="validation=$prompts/validation.jsonl:$K"
   for seed in ${SEEDS:-0}; do
     dir=$OUT/seed$seed policy=$base older='' control=$base
     for ((round = 1; round <= ROUNDS; round++)); do
@@ -92,6 +93,7 @@ demo() {
 
       measure base $(doubling "round$round/teacher" "$TEACHER_STEPS") \
         $(doubling "round$round/student" "$DISTILL_STEPS") $(doubling "control$round/teacher" "$TEACHER_STEPS")
+      validate base {round$round/{teacher,student},control$round/teacher}/final
       report_demo
     done
 

@@ -172,7 +172,7 @@ def test_the_driver_end_to_end_at_a_tiny_size_and_again_without_a_stage(tmp_path
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     demo = tmp_path / "demo"
     rows = [json.loads(line) for line in (demo / "results.jsonl").read_text().splitlines()]
-    assert {row["benchmark"] for row in rows} == {"validation", "test"}
+    assert {row["benchmark"] for row in rows} == {"validation", "test", "kl"}
     paths = {os.path.relpath(row["model"], demo) for row in rows}
     assert {"base", "seed0/round1/teacher/step-0016", "seed0/round2/student/final", "seed0/control2/teacher/final", "seed0/mse/student/final"} <= paths
     for row in rows:

@@ -9,7 +9,7 @@
 
 student_by_strategy() {  # makes $this/student from $policy on the rollouts of this round
   local strategy=$STRATEGY i candidates="" r=${this#"$dir/"} start=${policy#"$dir/"} before=${older#"$dir/"}
-  local FLAGS=$TRAIN validation="validation=$prompts/validation.jsonl:4"
+  local FLAGS=$TRAIN
   local train="--lr 3e-4 --batch-prompts 50 --steps $DISTILL_STEPS --save-every 4 --kl-kind exact"
   local mse="--batch-prompts 16 --steps $MSE_STEPS --save-every 10"
   if [ "$strategy" = auto ]; then
