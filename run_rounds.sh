@@ -48,8 +48,7 @@ export TOKENIZERS_PARALLELISM=false
 # ---- the demonstration -------------------------------------------------------------------------------
 
 demo() {
-  # The world: a small model that is competent but unreliable at a task whose answers can be checked. Its
-  # base is committed, so that everybody starts from the same policy.
+  # The world: see tests/toy.py. Its base is committed, so that everybody starts from the same policy.
   step "$OUT/base" python tests/toy.py --out "$OUT" ${TOY:---base tests/base}
 
   local seed round dir policy older control rollouts this base=$OUT/base where=$OUT prompts=$OUT/prompts
