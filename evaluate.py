@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from rollout import (InputError, Parser, checkpoint_fingerprint, count_grading, grading_pool, input_errors,
-                     load_prompts, load_task, load_tokenizer, read_json, resolve_checkpoint, run_main,
-                     sample_rollouts, sampling_flags, tokenizer_fingerprint)
+from rollout import (InputError, Parser, checkpoint_fingerprint, grading_pool, input_errors, load_prompts,
+                     load_task, load_tokenizer, read_json, resolve_checkpoint, run_main, sample_rollouts,
+                     sampling_flags, tokenizer_fingerprint)
 from rollout import parse_args as parse_rollout_args
 from teacher import load_rollouts, score, setup_ddp
 
@@ -97,7 +97,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     entropy, kl = entropy_and_kl(model, data, args)
     judged = counts = None
     if rank == 0:                                           # the others need not read the shards again
-        trouble = {what: n for what, n in count_grading(data["shards"]).items() if what != "verified"}
+        trouble = {what: n for what, n in data["grading"].items() if what != "verified"}
         if any(trouble.values()):
             print(f"grading {name}: " + ", ".join(f"{what} {n}" for what, n in trouble.items()))
         if args.judge_url:
