@@ -165,7 +165,7 @@ def verify_in_worker(answer, gold):
     """True, False, or None if the gold answer cannot be parsed. The time limit is the pool's."""
     import math_verify
     logging.getLogger("math_verify").setLevel(logging.ERROR)            # it warns of running without its own
-    answer, gold = (math_verify.parse("\\boxed{" + x + "}", parsing_timeout=None) for x in (answer, gold))
+    gold, answer = (math_verify.parse("\\boxed{" + x + "}", parsing_timeout=None) for x in (gold, answer))
     return math_verify.verify(gold, answer, timeout_seconds=None) if gold else None         # gold first
 
 
@@ -189,8 +189,7 @@ def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, 
     if task == "math":
         asked = [[(last_boxed(response), gold_text(g)) for g in (gold if isinstance(gold, list) else [gold])]
                  for response, gold in zip(responses, answers, strict=True)]
-        verdicts = {pair: None for pairs in asked for pair in pairs}                # equal ones once
-        verdicts = {pair: quick_verdict(*pair, stats) for pair in verdicts}
+        verdicts = {pair: quick_verdict(*pair, stats) for pair in set().union(*asked)}      # equal ones once
         jobs = {pair: (verify_in_worker, pair, timeout) for pair in verdicts if verdicts[pair] is None}
     else:
         file, options = load_task(task, unsafe_code), {"timeout": timeout, "unsafe_code": unsafe_code}
@@ -333,11 +332,12 @@ def choose_prompts(args, tokenizer):
         "num_prompts": len(problems)}
 
 
-def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
+def sample_rollouts(args, pool):
     """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py.
 
     Returns (number of shards, tokens per second of all engines or None if nothing was missing).
     """
+    rank, world, local_rank = ranks()
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     answers, encoded, chosen = choose_prompts(args, tokenizer)
     slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
@@ -350,7 +350,7 @@ def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
             "task": args.task, "require_think_end": args.require_think_end, "shards": len(slices),
             "shard_prompts": args.shard_prompts, **({"rehearsal": 1} if args.rehearse else {})}
     load_shards(args.out, meta)                             # refuses what was sampled with other settings
-    paths = [Path(args.out) / f"shard-{i:05d}.pt" for i in range(len(slices))]
+    paths = [args.out / f"shard-{i:05d}.pt" for i in range(len(slices))]
     gpus = args.tensor_parallel if engine == "vllm" else 1
     mine = shards_of_rank(len(slices), rank, world, gpus)
     missing = {i: slices[i] for i in mine if not paths[i].exists()}
@@ -421,11 +421,10 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    rank, world, local_rank = ranks()
     with grading_pool(args.workers) as pool:
-        n_shards, rate = sample_rollouts(args, pool, rank, world, local_rank)
+        n_shards, rate = sample_rollouts(args, pool)
     if rate is None and (args.out / "rollouts.json").exists():
-        if rank == 0:
+        if ranks()[0] == 0:
             print(f"{args.out}: already finished")
     elif len(list(args.out.glob("shard-*.pt"))) == n_shards:
         summarize(args.out, rate)                    # by the rank that finishes last: only it sees all shards
@@ -645,7 +644,7 @@ def import_file(path):
 
 def read_rows(path):
     """Yield (where, row) for each row of a problem file or hub data set; `where` names it in errors."""
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if not Path(path).is_file():
         return (yield from read_hub(path))
     with input_errors(f"{path} cannot be read", "it has to be .jsonl, .json, .csv or .parquet"):
@@ -657,17 +656,18 @@ def read_rows(path):
             rows = (text.split("\n") if suffix == ".jsonl" else json.loads(text) if suffix == ".json" else
                     list(csv.DictReader(io.StringIO(text, newline=""))))
     for i, row in enumerate(rows, start=1):
-        if suffix == ".jsonl" and row.strip():
+        if suffix == ".jsonl":
+            if not row.strip():
+                continue
             with input_errors(f"{path}:{i} is not JSON"):
                 row = json.loads(row)
-        if row != "":
-            yield f"{path}:{i}", row
+        yield f"{path}:{i}", row
 
 
 def read_hub(path):
     """read_rows of a hub data set OWNER/NAME:CONFIGURATION[SPLIT], by default train, test or the first."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:\[([\w.-]+)\])?", str(path))
-    if not hub or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if not hub or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet"):
         raise InputError(f"prompt file {path} does not exist or is not a file: "
                          f"give .jsonl, .json, .csv, .parquet or a hub name such as openai/gsm8k:main[test]")
     name, configuration, split = hub.groups()
@@ -761,11 +761,11 @@ def read_shard(path):
 
 
 def load_shards(folder, meta=None):
-    """All shards of a finished run, in order; InputError if one is missing, or foreign to the others.
+    """All shards of a finished run, in order; InputError if one is missing or has other settings.
 
-    meta: settings that they must have; with it some may be missing, as in a run that was interrupted.
+    meta: the settings that they must have; with it shards may be missing, as in an interrupted run.
     """
-    paths, owner = sorted(Path(folder).glob("shard-*.pt")), {}
+    paths = sorted(Path(folder).glob("shard-*.pt"))
     shards = [read_shard(path) for path in paths]
     if not shards and meta is None:
         raise InputError(f"{folder} holds no shard-*.pt: give the --out folder of rollout.py")
@@ -775,9 +775,6 @@ def load_shards(folder, meta=None):
             there, here = shard["meta"].get(key), wanted.get(key)
             if there != here and key not in ("model", "prompts"):       # which are known by their content
                 raise InputError(f"{path} has {key} = {there!r}, not {here!r}: use another --out")
-        for index in shard["prompt_index"].unique().tolist():           # nothing is trained on twice
-            if owner.setdefault(index, path) != path:
-                raise InputError(f"{path} and {owner[index].name} both hold prompt {index}: delete the copy")
     if meta is None and len(shards) != wanted.get("shards", len(shards)):
         raise InputError(f"{folder} has {len(shards)} of {wanted['shards']} shards: "
                          f"run the same rollout.py command again to finish it")
@@ -795,7 +792,7 @@ def join_shards(shards):
     lengths = torch.cat([s["offsets"].diff() for s in shards])
     for name, sizes in (("offsets", lengths), ("response_offsets", lengths - joined["prompt_len"])):
         joined[name] = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    grading = {key: sum(s["grading"][key] for s in shards) for key in shards[0]["grading"]}
+    grading = {key: sum(s["grading"][key] for s in shards) for key in shards[0].get("grading", {})}
     return joined | {"meta": shards[0]["meta"], "grading": grading}
 
 
@@ -809,10 +806,9 @@ def summarize(folder, rate):
                "mean_length": r["response_offsets"].diff().float().mean().item(),
                "truncated": r["truncated"].float().mean().item(), "tok_per_s": rate,
                **{f"grading_{key}": count for key, count in r["grading"].items()}}
-    write_json(Path(folder) / "rollouts.json", {"summary": summary, "meta": r["meta"]})
+    write_json(folder / "rollouts.json", {"summary": summary, "meta": r["meta"]})
     parts = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in summary.items() if value is not None]
     print(f"{folder}: " + " | ".join(parts))
-
 
 
 if __name__ == "__main__":
