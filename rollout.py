@@ -303,15 +303,13 @@ def grade_shard(tokenizer, prompts, responses, answers, args, meta, pool):
     texts = tokenizer.batch_decode([r["ids"] for group in responses for r in group])
     golds = [answers[index] for (index, _), group in zip(prompts, responses) for _ in group]
     options = dict(task=args.task, timeout=args.grade_timeout, pool=pool, unsafe_code=args.unsafe_code)
-    stats, thinks = {}, None
+    after = [t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts]
+    stats = {}
     rewards = grade(texts, golds, stats=stats, **options)
-    if any("</think>" in text for text in texts):
-        after = [t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts]
-        thinks = grade(after, golds, **options)
+    thinks = grade(after, golds, **options) if any(after) else None
     if args.require_think_end:
         rewards = thinks or [0.0] * len(rewards)
-    # ours: a response that was cut off at the limit is wrong
-    finished = [not r["truncated"] for group in responses for r in group]
+    finished = [not r["truncated"] for group in responses for r in group]      # ours: cut off is wrong
     rewards = [a * b for a, b in zip(rewards, finished)]
     thinks = thinks and [a * b for a, b in zip(thinks, finished)]
     if args.rehearse:                                       # graded all the same: a broken grader shows
@@ -524,7 +522,7 @@ def write_atomic(path, write):
         for file in [partial, *partial.rglob("*")]:
             if file.is_file():
                 with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+                    os.fsync(f.fileno())                    # a network disk says only here that it is full
         os.replace(partial, path)
     except (RuntimeError, safetensors.SafetensorError) as error:        # their words for a full disk
         said, free = str(error).partition("\n")[0], shutil.disk_usage(path.parent).free / 2 ** 20
