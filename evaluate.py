@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from rollout import (InputError, Parser, checkpoint_fingerprint, count_grading, grading_pool, input_errors,
-                     load_prompts, load_task, load_tokenizer, read_json, resolve_checkpoint, run_main,
-                     sample_rollouts, sampling_flags, tokenizer_fingerprint)
+from rollout import (InputError, Parser, checkpoint_fingerprint, grading_pool, input_errors, load_prompts,
+                     load_task, load_tokenizer, read_json, resolve_checkpoint, run_main, sample_rollouts,
+                     sampling_flags, tokenizer_fingerprint)
 from rollout import parse_args as parse_rollout_args
 from teacher import load_rollouts, score, setup_ddp
 
@@ -52,7 +52,7 @@ def avg_at_k(correct, k):
     return p.mean().item(), ((p * (1 - p)).sum().div(k - 1).sqrt() / len(p)).item()
 
 
-def sample(model, file, wanted, args, pool, rank, world):
+def sample(model, file, wanted, args, pool, world):
     """Folder of K graded responses to each problem of a file; those of equal settings are shared."""
     settings = {key: value for key, value in wanted.items() if key not in ("model", "base", "judge_model")}
     digest = hashlib.sha256(json.dumps([file, settings], default=str).encode()).hexdigest()[:8]
@@ -62,7 +62,7 @@ def sample(model, file, wanted, args, pool, rank, world):
     shared = vars(options).keys() & vars(args).keys() - {"model", "out"}
     vars(options).update({key: getattr(args, key) for key in shared}, top_k=wanted["top_k"],
                          num_prompts=args.num_problems, num_responses=wanted["k"])
-    sample_rollouts(options, pool, rank, world, int(os.environ.get("LOCAL_RANK", 0)))
+    sample_rollouts(options, pool)
     gc.collect()                                            # the engine's model, before ours is loaded
     if world > 1:
         dist.barrier()
@@ -92,12 +92,12 @@ def evaluate(model, benchmark, args, pool, rank, world):
     rows = [{"task": "math"} | row for row in read_results(args.out)]
     if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
         return None
-    folder = sample(model, file, wanted, args, pool, rank, world)
+    folder = sample(model, file, wanted, args, pool, world)
     data = load_rollouts(folder)
     entropy, kl = entropy_and_kl(model, data, args)
     judged = counts = None
     if rank == 0:                                           # the others need not read the shards again
-        trouble = {what: n for what, n in count_grading(data["shards"]).items() if what != "verified"}
+        trouble = {what: n for what, n in data["grading"].items() if what != "verified"}
         if any(trouble.values()):
             print(f"grading {name}: " + ", ".join(f"{what} {n}" for what, n in trouble.items()))
         if args.judge_url:

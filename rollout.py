@@ -35,7 +35,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub
 import pebble
 import safetensors
 import torch
@@ -52,7 +54,6 @@ transformers.utils.logging.set_verbosity_error()      # what it would warn of in
 PROMPT_FIELDS = ("problem", "question", "prompt", "Problem", "question_content")
 ANSWER_FIELDS = ("answer", "ground_truth", "Short Answer", "reward_model.ground_truth", "input_output")
 NO_ANSWER = ("", "nan", "inf", "-inf")                    # texts of values that nothing can be graded against
-MAX_PROMPT = 1_000_000                                     # characters: a file that went wrong, not a problem
 ASK_FOR_BOX = "\n\nPut your final answer within \\boxed{}."  # MathArena's words: Sec. 4.1 uses its tools
 
 
@@ -60,8 +61,7 @@ def load_prompts(path, prompt_field=None, answer_field=None, read_row=None):
     """Read problems and answers: list of dict(prompt, answer, index), in the order of the file.
 
     `prompt` is a str or a chat list of {role, content}; `answer` a str, int, float or a list any of which is
-    right; `index` the row. Known layouts are recognised by their field names, or read by a task's `read_row`.
-    Raises InputError that names the row.
+    right. Known layouts are recognised by their field names, or read by a task's `read_row`.
     """
     prompts = []
     for index, (where, row) in enumerate(read_rows(path)):
@@ -75,13 +75,10 @@ def load_prompts(path, prompt_field=None, answer_field=None, read_row=None):
         else:
             prompt = pick_field(row, prompt_field, PROMPT_FIELDS)
             answer = math_answer(where, row, answer_field)
-        chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
-                                                isinstance(m.get("content"), str) for m in prompt)
-        if not prompt or not (isinstance(prompt, str) and prompt.strip() or chat):
+        messages = prompt if isinstance(prompt, list) else [{"content": prompt}]
+        if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
             raise InputError(f"{where} has no prompt in {prompt_field or ' | '.join(PROMPT_FIELDS)}: "
                              f"a string or a chat list is needed (fields: {', '.join(map(str, row))})")
-        if len(str(prompt)) > MAX_PROMPT:
-            raise InputError(f"{where} has a prompt of {len(str(prompt)):,} characters: the right file?")
         prompts.append({"prompt": prompt, "answer": answer, "index": index})
     if not prompts:
         raise InputError(f"{path} holds no prompts")
@@ -89,7 +86,7 @@ def load_prompts(path, prompt_field=None, answer_field=None, read_row=None):
 
 
 def math_answer(where, row, field=None):
-    """Gold answer of a row: its answer field as it is, the number behind the #### of a worked answer (GSM8K),
+    """Gold answer of a row: its answer field, the number behind the #### of one that is worked out (GSM8K),
     or the last box of `solution` where a row has no answer field (MATH)."""
     answer = pick_field(row, field, ANSWER_FIELDS)
     if answer is None and isinstance(row.get("solution"), str):
@@ -97,11 +94,10 @@ def math_answer(where, row, field=None):
     worked = re.search(r"(?:^|\n)#### *([^\n]+?)\s*$", answer) if isinstance(answer, str) else None
     if worked:
         answer = re.sub(r"(?<=\d),(?=\d{3})", "", worked[1])             # 1,234 is a number there, not a list
-    usable = [isinstance(a, (str, int, float)) and not isinstance(a, bool) and str(a).strip() not in NO_ANSWER
-              for a in (answer if isinstance(answer, list) else [answer])]
+    golds = answer if isinstance(answer, list) else [answer]
+    usable = [isinstance(gold, (str, int, float)) and str(gold).strip() not in NO_ANSWER for gold in golds]
     if not usable or not all(usable):
-        raise InputError(f"{where} has no answer in {field or ' | '.join(ANSWER_FIELDS)}: "
-                         f"add it or name its field with --answer-field")
+        raise InputError(f"{where} has no answer in {field or ' | '.join(ANSWER_FIELDS)}: see --answer-field")
     return answer
 
 
@@ -117,8 +113,7 @@ def pick_field(row, wanted, known):
 
 
 def encode_prompt(tokenizer, prompt, suffix=""):
-    """Token ids of a prompt: the chat template once, with the opening of the assistant's turn; plain text
-    without one."""
+    """Token ids of a prompt, with the opening of the assistant's turn; plain text without a chat template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if suffix != ASK_FOR_BOX or "\\boxed" not in messages[-1]["content"]:
         messages[-1]["content"] += suffix
@@ -132,14 +127,12 @@ def encode_prompt(tokenizer, prompt, suffix=""):
 
 def last_boxed(text):
     """Content of the last \\boxed{...}, braces matched; None if there is none or it never closes."""
-    opening = None
-    for opening in re.finditer(r"\\boxed\s*\{", text):
-        pass
-    depth = 1
-    for i in range(opening.end() if opening else len(text), len(text)):
+    boxes = list(re.finditer(r"\\boxed\s*\{", text))
+    start, depth = boxes[-1].end() if boxes else len(text), 1
+    for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
-            return text[opening.end():i].strip()
+            return text[start:i].strip()
     return None
 
 
@@ -158,28 +151,22 @@ EXPLODES = re.compile(r"""(\^|\*\*)\s*(\{[^{}]*|\([^()]*|\\?\w+\s*)(\^|\*\*)    
 
 def quick_verdict(answer, gold, stats):
     """1.0 or 0.0 where no mathematics is needed, else None."""
-    if answer is None:
-        return 0.0
-    if answer == gold:
-        return 1.0
+    if answer is None or answer == gold:
+        return float(answer == gold)
     if len(answer) > 1000 or EXPLODES.search(answer):
         stats["refused"] += 1                        # computer algebra would run for ever, or fill the memory
         return 0.0
-    integer = r"[+-]?\d+"
-    if re.fullmatch(integer, answer) and re.fullmatch(integer, gold):
+    if all(re.fullmatch(r"[+-]?\d+", text) for text in (answer, gold)):
         return float(int(answer) == int(gold))
     return None
 
 
 def verify_in_worker(answer, gold):
-    """True, False, or None if the gold answer cannot be parsed. Time limits are the pool's: it kills the
-    process."""
-    from math_verify import parse, verify
-    parsed_gold = parse("\\boxed{" + gold + "}", parsing_timeout=None)
-    if not parsed_gold:
-        return None
-    answer = parse("\\boxed{" + answer + "}", parsing_timeout=None)
-    return verify(parsed_gold, answer, timeout_seconds=None)                        # gold first
+    """True, False, or None if the gold answer cannot be parsed. The time limit is the pool's."""
+    import math_verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)            # it warns of running without its own
+    gold, answer = (math_verify.parse("\\boxed{" + x + "}", parsing_timeout=None) for x in (gold, answer))
+    return math_verify.verify(gold, answer, timeout_seconds=None) if gold else None         # gold first
 
 
 def grade_in_worker(path, response, answer, options):
@@ -190,12 +177,11 @@ def grade_in_worker(path, response, answer, options):
 def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, pool=None, unsafe_code=False):
     """Grade responses (list of str) against gold answers: list of 1.0 right, 0.0 wrong.
 
-    task "math": gold answers are str, int, float or a list any of which is right. Identical strings and plain
-    integers are decided at once, everything else by math-verify, each (answer, gold) pair once. Another task:
-    its file (see load_task). Both run in worker processes that are killed and replaced after `timeout`
-    seconds (`pool`: a grading_pool that is kept between calls; else one of `workers`). The dict `stats`
-    receives counts: timeouts, errors, refused (too long or a tower of powers), unparsable_gold, verified
-    (asked a worker). InputError if the task cannot be graded here.
+    math: identical strings and plain integers are decided at once, everything else by math-verify, each
+    (answer, gold) pair once; of a list of gold answers any is right. Another task: by its file (load_task).
+    Worker processes (of `pool`, else of one that lasts for this call) are killed and replaced after `timeout`
+    seconds. The dict `stats` receives counts: timeouts, errors, refused (too long or a tower of powers),
+    unparsable_gold, verified (asked a worker).
     """
     stats = {} if stats is None else stats
     for key in ("timeouts", "errors", "refused", "unparsable_gold", "verified"):
@@ -203,8 +189,7 @@ def grade(responses, answers, task="math", workers=2, timeout=10.0, stats=None, 
     if task == "math":
         asked = [[(last_boxed(response), gold_text(g)) for g in (gold if isinstance(gold, list) else [gold])]
                  for response, gold in zip(responses, answers, strict=True)]
-        verdicts = dict.fromkeys(pair for pairs in asked for pair in pairs)         # equal ones once
-        verdicts = {pair: quick_verdict(*pair, stats) for pair in verdicts}
+        verdicts = {pair: quick_verdict(*pair, stats) for pair in set().union(*asked)}      # equal ones once
         jobs = {pair: (verify_in_worker, pair, timeout) for pair in verdicts if verdicts[pair] is None}
     else:
         file, options = load_task(task, unsafe_code), {"timeout": timeout, "unsafe_code": unsafe_code}
@@ -238,16 +223,15 @@ def verdict_of(future, stats):
 # responses: per prompt a list of n dicts (ids with the EOS; truncated: bool; logp: list of float, or None)
 
 def generate_hf(lm, tokenizer, shards, n, temperature, top_p, top_k, max_tokens, seed):
-    """Sample with transformers' own generate, one left-padded batch per shard. shards: {number: list of
-    (index, ids)}."""
-    eos = lm.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    eos = set(eos if isinstance(eos, list) else [eos])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)
+    """Sample with transformers, one left-padded batch per shard. shards: {number: list of (index, ids)}."""
+    stop = lm.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    stop = stop if isinstance(stop, list) else [stop]
+    pad = min(stop)                                         # masked before a prompt, cut off after a response
     # every setting is given: what is left out would be filled in from the checkpoint's own generation config
     config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p,
                               top_k=max(top_k, 0), repetition_penalty=1.0, max_new_tokens=max_tokens,
-                              eos_token_id=sorted(eos), pad_token_id=pad)
+                              eos_token_id=stop, pad_token_id=pad)
     for number, prompts in shards.items():
         rows = [ids for _, ids in prompts for _ in range(n)]
         width = max(map(len, rows))
@@ -258,14 +242,13 @@ def generate_hf(lm, tokenizer, shards, n, temperature, top_p, top_k, max_tokens,
             output = lm.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
         responses = []
         for ids in output[:, width:].tolist():
-            end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+            end = next((i + 1 for i, token in enumerate(ids) if token in stop), None)
             responses.append({"ids": ids[:end], "truncated": end is None, "logp": None})
         yield number, [responses[i:i + n] for i in range(0, len(responses), n)]
 
 
 def generate_vllm(llm, shards, n, temperature, top_p, top_k, max_tokens, seed):
-    """Sample with vLLM: the requests of all shards are in flight at once, so that continuous batching stays
-    full."""
+    """Sample with vLLM: the requests of all shards are in flight at once, so that batches stay full."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
     for number, prompts in shards.items():
@@ -297,9 +280,8 @@ SHARD_FIELDS = {"input_ids": torch.int32, "offsets": torch.int64, "prompt_len": 
 
 
 def build_shard(prompts, responses, rewards, rewards_think, meta, grading=None):
-    """prompts: list of (index, ids); responses: per prompt a list of dicts; rewards: flat list in the same
-    order; grading: the counts of `grade`, which differ from shard to shard and so are not part of the
-    settings in meta."""
+    """prompts: list of (index, ids); responses: per prompt a list of dicts; rewards: flat, in that order;
+    grading: the counts of `grade`, which differ between shards and so are no part of the settings in meta."""
     flat = [(index, ids, r) for (index, ids), group in zip(prompts, responses, strict=True) for r in group]
     lengths = torch.tensor([len(ids) + len(r["ids"]) for _, ids, r in flat])
     columns = {
@@ -321,15 +303,13 @@ def grade_shard(tokenizer, prompts, responses, answers, args, meta, pool):
     texts = tokenizer.batch_decode([r["ids"] for group in responses for r in group])
     golds = [answers[index] for (index, _), group in zip(prompts, responses) for _ in group]
     options = dict(task=args.task, timeout=args.grade_timeout, pool=pool, unsafe_code=args.unsafe_code)
-    stats, thinks = {}, None
+    after = [t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts]
+    stats = {}
     rewards = grade(texts, golds, stats=stats, **options)
-    if any("</think>" in text for text in texts):
-        after = [t.rpartition("</think>")[2] if "</think>" in t else "" for t in texts]
-        thinks = grade(after, golds, **options)
+    thinks = grade(after, golds, **options) if any(after) else None
     if args.require_think_end:
         rewards = thinks or [0.0] * len(rewards)
-    # ours: a response that was cut off at the limit is wrong
-    finished = [float(not r["truncated"]) for group in responses for r in group]
+    finished = [not r["truncated"] for group in responses for r in group]      # ours: cut off is wrong
     rewards = [a * b for a, b in zip(rewards, finished)]
     thinks = thinks and [a * b for a, b in zip(thinks, finished)]
     if args.rehearse:                                       # graded all the same: a broken grader shows
@@ -341,54 +321,51 @@ def choose_prompts(args, tokenizer):
     """({index: answer}, [(index, token ids)] that are sampled, meta of the choice)."""
     task = load_task(args.task, args.unsafe_code)           # refuses before anything is sampled
     problems = load_prompts(args.prompts, args.prompt_field, args.answer_field, task and task.read_row)
-    answers = {p["index"]: p["answer"] for p in problems}
     if args.num_prompts and args.num_prompts < len(problems):
         problems = random.Random(args.seed).sample(problems, args.num_prompts)
     encoded = [(p["index"], encode_prompt(tokenizer, p["prompt"], args.prompt_suffix)) for p in problems]
-    fitting = [(index, ids) for index, ids in encoded if len(ids) <= (args.max_prompt_tokens or math.inf)]
-    if not fitting:
-        raise InputError(f"every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    content = hashlib.sha256(json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode())
-    return answers, fitting, {"prompts": str(args.prompts), "prompts_sha256": content.hexdigest(),
-                              "num_prompts": len(problems), "too_long_prompts": len(encoded) - len(fitting)}
+    content = json.dumps([(p["prompt"], p["answer"]) for p in problems]).encode()
+    return {p["index"]: p["answer"] for p in problems}, encoded, {
+        "prompts": str(args.prompts), "prompts_sha256": hashlib.sha256(content).hexdigest(),
+        "num_prompts": len(problems)}
 
 
-def sample_rollouts(args, pool, rank=0, world=1, local_rank=0):
+def sample_rollouts(args, pool):
     """Sample and grade what is missing of the shards of args.out (see parse_args). Also used by evaluate.py.
 
-    Returns tokens per second of all engines together, as fast as this one; None if nothing was missing.
+    Returns (number of shards, tokens per second of all engines or None if nothing was missing).
     """
+    rank, world, local_rank = ranks()
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     answers, encoded, chosen = choose_prompts(args, tokenizer)
     slices = [encoded[i:i + args.shard_prompts] for i in range(0, len(encoded), args.shard_prompts)]
-    engine, sampling = pick_engine(args.engine), ("temperature", "top_p", "top_k", "max_tokens", "seed")
-    settings = {"n": args.num_responses, **{key: getattr(args, key) for key in sampling}}
+    engine, version = pick_engine(args.engine)
+    settings = {"n": args.num_responses, "temperature": args.temperature, "top_p": args.top_p,
+                "top_k": args.top_k, "max_tokens": args.max_tokens, "seed": args.seed}
     meta = {"model": str(args.model), "model_fingerprint": checkpoint_fingerprint(args.model),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), **settings, **chosen,
-            "engine": engine, "engine_version": engine_version(engine), "prompt_suffix": args.prompt_suffix,
+            "engine": engine, "engine_version": version, "prompt_suffix": args.prompt_suffix,
             "task": args.task, "require_think_end": args.require_think_end, "shards": len(slices),
             "shard_prompts": args.shard_prompts, **({"rehearsal": 1} if args.rehearse else {})}
-    check_settings(args.out, meta)
-    paths = [Path(args.out) / f"shard-{i:05d}.pt" for i in range(len(slices))]
+    load_shards(args.out, meta)                             # refuses what was sampled with other settings
+    paths = [args.out / f"shard-{i:05d}.pt" for i in range(len(slices))]
     gpus = args.tensor_parallel if engine == "vllm" else 1
     mine = shards_of_rank(len(slices), rank, world, gpus)
     missing = {i: slices[i] for i in mine if not paths[i].exists()}
     if not missing:
-        return None
+        return len(slices), None
     one_writer(args.out)
     generate, close = open_engine(args, engine, tokenizer, local_rank)
     start, n_tokens, total = time.time(), 0, sum(map(len, missing.values())) * args.num_responses
-    bar = tqdm(total=total, desc="sampling", unit="resp", disable=rank > 0)
-    for number, responses in generate(missing, **settings):
-        shard = grade_shard(tokenizer, slices[number], responses, answers, args, meta, pool)
-        write_atomic(paths[number], lambda p: torch.save(shard, p))
-        n_tokens += len(shard["sampler_logp"])
-        bar.update(len(shard["reward"]))
-        bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
-    bar.close()
+    with tqdm(total=total, desc="sampling", unit="resp", disable=rank > 0) as bar:
+        for number, responses in generate(missing, **settings):
+            shard = grade_shard(tokenizer, slices[number], responses, answers, args, meta, pool)
+            write_atomic(paths[number], lambda p: torch.save(shard, p))
+            n_tokens += len(shard["sampler_logp"])
+            bar.update(len(shard["reward"]))
+            bar.set_postfix_str(f"{n_tokens / (time.time() - start):,.0f} tok/s")
     close()
-    release(args.out)
-    return n_tokens / (time.time() - start) * min(len(slices), max(1, world // gpus))
+    return len(slices), n_tokens / (time.time() - start) * min(len(slices), max(1, world // gpus))
 
 
 def sampling_flags(arg):
@@ -420,7 +397,6 @@ def parse_args(argv=None):
     arg("--prompts", required=True, help=".jsonl, .json, .csv, .parquet or a hub data set with answers")
     arg("--out", type=Path, required=True, help="folder of the shards")
     arg("--num-prompts", type=int, default=1000, help="a random N by --seed, 0 for all in order (Sec. 4.1)")
-    arg("--max-prompt-tokens", type=int, help="leave out longer prompts, and count them")
     arg("--prompt-field", help="field of the problem, if it has an unusual name")
     arg("--answer-field", help="field of the gold answer, if it has an unusual name")
     # Sampling
@@ -443,14 +419,12 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    rank, world, local_rank = ranks()
     with grading_pool(args.workers) as pool:
-        rate = sample_rollouts(args, pool, rank, world, local_rank)
-    written = sorted(args.out.glob("shard-*.pt"))
+        n_shards, rate = sample_rollouts(args, pool)
     if rate is None and (args.out / "rollouts.json").exists():
-        if rank == 0:
+        if ranks()[0] == 0:
             print(f"{args.out}: already finished")
-    elif written and len(written) == read_shard(written[0])["meta"]["shards"]:
+    elif len(list(args.out.glob("shard-*.pt"))) == n_shards:
         summarize(args.out, rate)                    # by the rank that finishes last: only it sees all shards
 
 
@@ -479,7 +453,7 @@ def input_errors(what, hint=""):
     except InputError:
         raise
     except Exception as error:                              # a damaged or foreign file has a dozen types
-        said = (str(error).strip().splitlines() or [""])[0][:300]
+        said = str(error).strip().partition("\n")[0][:300]
         raise InputError(f"{what} ({type(error).__name__}: {said}){hint and ': ' + hint}") from error
 
 
@@ -498,43 +472,35 @@ def ranks():
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)              # a cluster wants its machine back, and Ctrl-C
 
 
-def interrupt(number, _):
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def run_main(main, memory_advice=lambda: "use more GPUs"):
     """Exit codes of every script: 0 done, 2 bad input (one line on stderr), 1 anything else.
 
     SIGTERM and Ctrl-C end a stage at once, but a training loop saves first; either way exit code 1.
-    memory_advice() says which flag to change when the GPU's memory was not enough. Also used by the others.
+    memory_advice() says which flag to change when the GPU's memory was not enough.
     """
-    code, said, first = 0, None, os.environ.get("RANK", "0") == "0"
+    code, said, first = 1, None, ranks()[0] == 0
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG: no rank outlives its torchrun
-    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
+        code = 0
     except InputError as error:
         code, said = 2, first and f"error: {error}"
     except (RunError, OSError) as error:                    # whichever rank it is: only that one may know
-        code, said = 1, f"error: {error}"
+        said = f"error: {error}"
     except torch.OutOfMemoryError:
-        code, said = 1, f"error: out of GPU memory: {memory_advice()}"
+        said = f"error: out of GPU memory: {memory_advice()}"
     except KeyboardInterrupt as stop:
-        code, said = 1, first and f"stopped by {stop or 'Ctrl-C'}; the same command continues"
+        said = first and f"stopped{f' by {stop}' if stop.args else ''}; the same command continues"
     except Exception:
-        code = 1
         traceback.print_exc()
     if said:
         print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
-    for number, handler in before.items():                  # for tests, which call this more than once
-        signal.signal(number, handler)
-    for folder in list(LOCKS):
-        release(folder)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if torch.distributed.is_initialized():                  # gloo's destructor can wait for a thread that
-        os._exit(code)                                      # waits for Python's lock: a rank would hang
+        sys.stdout.flush()                                  # waits for Python's lock: a rank would hang
+        os._exit(code)
     sys.exit(code)
 
 
@@ -543,15 +509,6 @@ def run_main(main, memory_advice=lambda: "use more GPUs"):
 def remove(path):
     """Delete a file or a folder, if it is there."""
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def exchange(new, old):
-    """Swap two folders in one step of the kernel, so that neither name is ever absent; else by renaming."""
-    here, swap = -100, 2                                    # AT_FDCWD, RENAME_EXCHANGE
-    if ctypes.CDLL(None).renameat2(here, os.fsencode(new), here, os.fsencode(old), swap):
-        os.rename(old, aside := old.with_name(f"{old.name}.aside.partial"))         # not on every file system
-        os.rename(new, old)
-        os.rename(aside, new)
 
 
 def write_atomic(path, write):
@@ -565,15 +522,11 @@ def write_atomic(path, write):
         for file in [partial, *partial.rglob("*")]:
             if file.is_file():
                 with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-        exchange(partial, path) if path.is_dir() else os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)          # the new name, too, has to survive a power cut
-        os.fsync(folder)
-        os.close(folder)
+                    os.fsync(f.fileno())                    # a network disk says only here that it is full
+        os.replace(partial, path)
     except (RuntimeError, safetensors.SafetensorError) as error:        # their words for a full disk
-        room = shutil.disk_usage(path.parent).free / 2 ** 20
-        said = f"{path} cannot be written ({str(error).splitlines()[0]}; {room:,.1f} MiB free)"
-        raise OSError(said) from error
+        said, free = str(error).partition("\n")[0], shutil.disk_usage(path.parent).free / 2 ** 20
+        raise OSError(f"{path} cannot be written ({said}; {free:,.1f} MiB free)") from error
     finally:
         remove(partial)
 
@@ -594,32 +547,22 @@ def read_tensors(path, what, hint):
         return torch.load(path, weights_only=True, mmap=True)
 
 
-LOCKS = {}                                                  # folder -> the open file that holds its lock
-os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKS.values()])       # a forked engine
+LOCKS = []                                                  # open files; a lock ends with its process
 
 
 def one_writer(folder):
-    """Keep a second run out of a folder until `release` or the end of this process; or InputError.
+    """Keep a second run out of a folder until the end of this process; or InputError.
 
     A lock for each rank: those of one run write side by side, those of a second one meet their own numbers.
-    Also used by teacher.py.
     """
-    if str(folder) in LOCKS:
-        return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        LOCKS[str(folder)] = open(Path(folder) / f".writer-{ranks()[0]}", "a")
-        fcntl.flock(LOCKS[str(folder)], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS.append(open(Path(folder) / f".writer-{ranks()[0]}", "a"))
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)           # which a forked engine does not share
     except BlockingIOError as error:
-        release(folder)
         raise InputError(f"{folder}: another run is at work in it; wait, or use another --out") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"{folder} cannot be written: it is not a folder; use another --out") from error
-
-
-def release(folder):
-    if str(folder) in LOCKS:
-        LOCKS.pop(str(folder)).close()
 
 
 # checkpoints, tokenizers and tasks, known by their content
@@ -630,41 +573,30 @@ def resolve_checkpoint(model):
         if not (Path(model) / "config.json").is_file():
             raise InputError(f"{model} has no config.json: give the folder of a Hugging Face checkpoint")
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or Path(model).parent.exists():
-        raise InputError(f"checkpoint {model} does not exist: give a folder with config.json and weights")
-    import huggingface_hub
-    with input_errors(f"{model} is neither a folder nor a hub model that can be fetched", "check the path"):
+    with input_errors(f"checkpoint {model} does not exist, neither as a folder nor on the hub"):
         wanted = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted))
 
 
-@functools.cache
-def file_sha256(path, size, mtime_ns):
-    """Hash of a file, once per process: size and time of its last change say that it is still the same."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
-
-
+@functools.cache                                            # a process reads gigabytes of weights once
 def checkpoint_fingerprint(model):
     """Hash of config and weights: a checkpoint with the same content elsewhere is the same policy."""
-    folder = resolve_checkpoint(model)
-    weights, digest = sorted(folder.glob("*.safetensors")), hashlib.sha256()
+    folder, digest = resolve_checkpoint(model), hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{folder} has no *.safetensors: only safetensors weights are read")
     for path in [folder / "config.json", *weights]:
-        with input_errors(f"{path} cannot be read"):
-            stat = path.stat()
-            digest.update(file_sha256(path, stat.st_size, stat.st_mtime_ns))
+        with input_errors(f"{path} cannot be read"), open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def load_lm(model, dtype, trust_remote_code=False):
     """A causal LM from safetensors; InputError if transformers cannot load it. Also used by teacher.py."""
-    folder = resolve_checkpoint(model)
     with input_errors(f"{model} is not a checkpoint that can be loaded"):
-        lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                        trust_remote_code=trust_remote_code,
-                                                        output_loading_info=True)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            resolve_checkpoint(model), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True)
     if info["missing_keys"]:                                # transformers would go on with random numbers
         raise InputError(f"{model} lacks weights, such as {min(info['missing_keys'])}: use another copy")
     return lm
@@ -684,20 +616,17 @@ def load_task(task, unsafe_code=False):
     """Module of a task's file, `code` (tests/tasks/code.py) or a FILE.py; None for math.
 
     read_row(row) -> (prompt, answer); grade(responses, answers) -> list of 1.0, 0.0, or None for a useless
-    answer. It is called in a worker process, one response at a time, and given `timeout` and `unsafe_code` if
-    it has such parameters. Optional: time_limit(answer, timeout) -> seconds; check_machine(unsafe_code),
-    which raises if nothing can be graded here.
+    answer, called in a worker process, with `timeout` and `unsafe_code` if it has such parameters. Optional:
+    time_limit(answer, timeout) -> seconds; check_machine(unsafe_code), which raises if it cannot grade here.
     """
     if task == "math":
         return None
     path = Path(__file__).parent / "tests" / "tasks" / "code.py" if task == "code" else Path(task)
-    if path.suffix != ".py" or not path.is_file():
-        raise InputError(f"--task {task} is neither math nor code nor the FILE.py of a task")
-    with input_errors(f"--task {task} cannot be used"):
+    with input_errors(f"--task {task} is neither math nor code nor the FILE.py of a task"):
         module = import_file(path.resolve())
-        for name in ("read_row", "grade"):
-            getattr(module, name)                           # AttributeError without them
-        getattr(module, "check_machine", lambda unsafe_code: None)(unsafe_code)
+        assert hasattr(module, "read_row") and hasattr(module, "grade"), "it lacks read_row or grade"
+        if hasattr(module, "check_machine"):
+            module.check_machine(unsafe_code)
     return module
 
 
@@ -719,27 +648,24 @@ def read_rows(path):
     with input_errors(f"{path} cannot be read", "it has to be .jsonl, .json, .csv or .parquet"):
         if suffix == ".parquet":
             import pyarrow.parquet
-            rows = enumerate(pyarrow.parquet.read_table(path).to_pylist())
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             text = Path(path).read_text(encoding="utf-8-sig")           # -sig: a byte-order mark is accepted
-            lines = ((i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip())
-            rows = (lines if suffix == ".jsonl" else enumerate(json.loads(text)) if suffix == ".json" else
-                    enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2))
-        for i, row in rows:
-            where = f"{path} row {i}" if suffix in (".json", ".parquet") else f"{path}:{i}"
-            if suffix == ".jsonl":
-                with input_errors(f"{where} is not JSON"):
-                    row = json.loads(row)
-            yield where, row
+            rows = (text.split("\n") if suffix == ".jsonl" else json.loads(text) if suffix == ".json" else
+                    list(csv.DictReader(io.StringIO(text, newline=""))))
+    for i, row in enumerate(rows, start=1):
+        if suffix == ".jsonl":
+            if not row.strip():
+                continue
+            with input_errors(f"{path}:{i} is not JSON"):
+                row = json.loads(row)
+        yield f"{path}:{i}", row
 
 
 def read_hub(path):
-    """read_rows of a hub data set OWNER/NAME:CONFIGURATION[SPLIT]; configuration and split may be left out.
-
-    Without a split: train, else test, else the first.
-    """
+    """read_rows of a hub data set OWNER/NAME:CONFIGURATION[SPLIT], by default train, test or the first."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:\[([\w.-]+)\])?", str(path))
-    if Path(path).exists() or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet") or not hub:
+    if not hub or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet"):
         raise InputError(f"prompt file {path} does not exist or is not a file: "
                          f"give .jsonl, .json, .csv, .parquet or a hub name such as openai/gsm8k:main[test]")
     name, configuration, split = hub.groups()
@@ -748,22 +674,16 @@ def read_hub(path):
         splits = datasets.load_dataset(name, configuration)
     if split and split not in splits:
         raise InputError(f"{path}: {name} has the splits {', '.join(splits)}")
-    split = split or next((s for s in ("train", "test") if s in splits), next(iter(splits)))
+    split = split or next(s for s in ("train", "test", *splits) if s in splits)
     yield from ((f"{name} [{split}] row {i}", row) for i, row in enumerate(splits[split]))
 
 
 # grading processes and engines
 
-def start_worker():
-    """Import math-verify before the clock of the first answer starts; no warning about its time limits."""
-    import math_verify  # noqa: F401
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-
 def grading_pool(workers):
     """Worker processes, started when first needed; spawned: a fork of a process with threads can deadlock."""
-    context = multiprocessing.get_context("spawn")
-    return pebble.ProcessPool(max_workers=workers, initializer=start_worker, context=context)
+    return pebble.ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"),
+                              initializer=importlib.import_module, initargs=["math_verify"])   # takes seconds
 
 
 def derive_seed(*parts):
@@ -772,28 +692,31 @@ def derive_seed(*parts):
 
 
 def pick_engine(engine):
-    """`auto` takes vLLM where it is installed and a GPU is there, else transformers."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not installed:
-        raise InputError("--engine vllm: vLLM is not installed here; install it or use --engine hf")
-    return engine if engine != "auto" else "vllm" if installed and torch.cuda.is_available() else "hf"
-
-
-def engine_version(engine):
-    return transformers.__version__ if engine == "hf" else importlib.import_module("vllm").__version__
+    """(engine, its version): `auto` is vLLM where it is installed and a GPU is there, else transformers."""
+    if engine == "auto":
+        engine = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+    with input_errors(f"--engine {engine} cannot be used", "install it or use --engine hf"):
+        return engine, importlib.import_module("transformers" if engine == "hf" else "vllm").__version__
 
 
 def open_engine(args, engine, tokenizer, local_rank):
     """(generate function of the engine without its sampling settings, function that frees its memory)."""
-    folder, cuda = resolve_checkpoint(args.model), torch.cuda.is_available()
+    folder, cuda, count = resolve_checkpoint(args.model), torch.cuda.is_available(), args.tensor_parallel
     if engine == "hf":
         lm = load_lm(folder, torch.bfloat16 if cuda else torch.float32, args.trust_remote_code)
         lm = lm.to(torch.device("cuda", local_rank) if cuda else "cpu").eval()
         return functools.partial(generate_hf, lm, tokenizer), lambda: None
-    with own_gpus(local_rank, args.tensor_parallel):
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    mine = gpus.split(",")[local_rank:local_rank + count]
+    if cuda and len(mine) < count:
+        raise InputError(f"--tensor-parallel {count} from GPU {local_rank} on: there are only GPUs {gpus}")
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(mine)):          # for the engine only
+        for name in list(os.environ):
+            if re.search("RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_", name):
+                del os.environ[name]                        # torchrun's: engines would look for each other
         from vllm import LLM
         llm = LLM(model=str(folder), dtype="bfloat16" if cuda else "float32", seed=0,
-                  tensor_parallel_size=args.tensor_parallel, max_model_len=args.max_model_len,
+                  tensor_parallel_size=count, max_model_len=args.max_model_len,
                   gpu_memory_utilization=args.gpu_memory_utilization,
                   trust_remote_code=args.trust_remote_code,
                   logprobs_mode="processed_logprobs")       # of the distribution that is sampled from
@@ -805,27 +728,7 @@ def open_engine(args, engine, tokenizer, local_rank):
     def close():
         llm.llm_engine.engine_core.shutdown()
         watcher.kill()
-        watcher.wait()
     return functools.partial(generate_vllm, llm), close
-
-
-@contextlib.contextmanager
-def own_gpus(local_rank, count):
-    """The environment of a rank's engine: its GPUs, nothing of torchrun's, or engines look for each other."""
-    saved, visible = dict(os.environ), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if gpus and len(gpus[local_rank:local_rank + count]) < count:
-        raise InputError(f"--tensor-parallel {count} from GPU {local_rank} on: there are {len(gpus)} GPUs")
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[local_rank:local_rank + count])
-    for name in list(os.environ):
-        if re.match(r"(LOCAL_)?RANK$|WORLD_SIZE|MASTER_|TORCHELASTIC_|GROUP_|ROLE_|LOCAL_WORLD", name):
-            del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
 
 
 def shards_of_rank(n_shards, rank, world, tensor_parallel):
@@ -836,102 +739,74 @@ def shards_of_rank(n_shards, rank, world, tensor_parallel):
 
 # shards on disk
 
-PATHS = ("model", "prompts")                                # what they point to is known by its content
-
-
-def check_settings(out, meta):
-    """InputError if the shards that are in a folder already were sampled with other settings than `meta`."""
-    for path in sorted(Path(out).glob("shard-*.pt")):
-        theirs = read_shard(path)["meta"]
-        for key in {**meta, **theirs}:
-            if theirs.get(key) != meta.get(key) and key not in PATHS:
-                raise InputError(f"{path} was sampled with {key} = {theirs.get(key)!r}, now {meta.get(key)!r}"
-                                 f": use another --out, or delete that folder to start over")
-
-
 def read_shard(path):
     """One shard, memory-mapped: InputError names the file if it is not a complete shard of this version."""
     shard = read_tensors(path, "shard", "delete it and sample again")
     with input_errors(f"{path} is not a rollout shard", "delete it and sample again"):
-        if shard["version"] != SHARD_VERSION:
-            raise ValueError(f"version {shard['version']}, not {SHARD_VERSION}")
-        if wrong := [k for k, dtype in SHARD_FIELDS.items() if k in shard and shard[k].dtype != dtype]:
-            raise ValueError(f"{wrong[0]} is not {SHARD_FIELDS[wrong[0]]}")
-        lengths, n, ids = shard["offsets"].diff(), len(shard["prompt_len"]), shard["input_ids"]
-        names = ("prompt_index", "reward", "truncated", "reward_think")
-        per_response = [shard[name] for name in names if name != "reward_think" or name in shard]
-        if not (n > 0 and all(len(x) == n for x in (lengths, *per_response)) and shard["offsets"][0] == 0
-                and shard["offsets"][-1] == len(ids) and (ids >= 0).all() and (shard["prompt_len"] > 0).all()
-                and (lengths > shard["prompt_len"]).all()
-                and len(shard["sampler_logp"]) == (lengths - shard["prompt_len"]).sum()):
-            raise ValueError("its tensors do not fit together: offsets, prompt_len, rewards")
-        if not all(((r == 0) | (r == 1)).all() for r in per_response if r.dtype == torch.float32):
-            raise ValueError("rewards must be 0 or 1")
+        assert shard["version"] == SHARD_VERSION, f"version {shard['version']}, not {SHARD_VERSION}"
+        for name in SHARD_FIELDS.keys() & shard.keys():
+            assert shard[name].dtype == SHARD_FIELDS[name], f"{name} is not {SHARD_FIELDS[name]}"
+        ids, offsets, prompt_len = shard["input_ids"], shard["offsets"], shard["prompt_len"]
+        lengths = offsets.diff() - prompt_len
+        rewards = torch.stack([shard["reward"], shard.get("reward_think", shard["reward"])])
+        sizes = {len(lengths), len(shard["prompt_index"]), len(shard["truncated"]), rewards.shape[1]}
+        assert (len(sizes) == 1 and len(lengths) and offsets[0] == 0 and offsets[-1] == len(ids)
+                and lengths.min() > 0 and prompt_len.min() > 0 and ids.min() >= 0
+                and len(shard["sampler_logp"]) == lengths.sum()), "its tensors do not fit together"
+        assert ((rewards == 0) | (rewards == 1)).all(), "rewards must be 0 or 1"
         shard["meta"]["model"], shard["meta"]["model_fingerprint"], shard["meta"]["temperature"] + 0
     return shard
 
 
-def load_shards(folder):
-    """All shards of a finished run, in order; InputError if one is missing. Also used by the others."""
+def load_shards(folder, meta=None):
+    """All shards of a finished run, in order; InputError if one is missing or has other settings.
+
+    meta: the settings that they must have; with it shards may be missing, as in an interrupted run.
+    """
     paths = sorted(Path(folder).glob("shard-*.pt"))
-    if not paths:
-        raise InputError(f"{folder} holds no shard-*.pt: give the --out folder of rollout.py")
     shards = [read_shard(path) for path in paths]
-    meta, owner = shards[0]["meta"], {}
+    if not shards and meta is None:
+        raise InputError(f"{folder} holds no shard-*.pt: give the --out folder of rollout.py")
+    wanted = meta or shards[0]["meta"]
     for path, shard in zip(paths, shards):
-        other = [key for key in meta if key not in PATHS and shard["meta"].get(key) != meta[key]]
-        if other:
-            raise InputError(f"{path} was sampled with another {other[0]} than {paths[0].name}: part them")
-        for index in shard["prompt_index"].unique().tolist():           # nothing is trained on twice
-            if owner.setdefault(index, path) != path:
-                raise InputError(f"{path} and {owner[index].name} both hold prompt {index}: delete the copy")
-    if len(shards) != meta.get("shards", len(shards)):
-        raise InputError(f"{folder} has {len(shards)} of {meta['shards']} shards: "
+        for key in {**wanted, **shard["meta"]}:
+            there, here = shard["meta"].get(key), wanted.get(key)
+            if there != here and key not in ("model", "prompts"):       # which are known by their content
+                raise InputError(f"{path} has {key} = {there!r}, not {here!r}: use another --out")
+    if meta is None and len(shards) != wanted.get("shards", len(shards)):
+        raise InputError(f"{folder} has {len(shards)} of {wanted['shards']} shards: "
                          f"run the same rollout.py command again to finish it")
     return shards
 
 
 def join_shards(shards):
-    """What is per response, joined, and response_offsets [N+1] into flat tensors per response token.
-
-    What has the size of all tokens, gigabytes at the paper's size, stays in the memory-mapped shards.
-    Also used by teacher.py.
-    """
-    per_token = ("input_ids", "sampler_logp", "offsets", "reward_think")
-    joined = {key: torch.cat([s[key] for s in shards]) for key in SHARD_FIELDS if key not in per_token}
+    """What is per response, joined, the sums of the grading counts, and response_offsets [N+1] into flat
+    tensors per response token. What has the size of all tokens stays in the memory-mapped shards."""
+    names = ["prompt_len", "prompt_index", "reward", "truncated"]
     if any("reward_think" in s for s in shards):            # a shard in which no response thinks has none
-        thinks = [s.get("reward_think", torch.zeros_like(s["reward"])) for s in shards]
-        joined["reward_think"] = torch.cat(thinks)
-    lengths, zero = torch.cat([s["offsets"].diff() for s in shards]), torch.zeros(1, dtype=torch.int64)
-    joined["offsets"] = torch.cat([zero, lengths.cumsum(0)])
-    joined["response_offsets"] = torch.cat([zero, (lengths - joined["prompt_len"]).cumsum(0)])
-    return joined | {"meta": shards[0]["meta"]}
-
-
-def count_grading(shards):
-    """Sum of the grading counts of all shards. Also used by evaluate.py."""
-    counts = [s.get("grading", {}) for s in shards]
-    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+        shards = [{"reward_think": torch.zeros_like(s["reward"])} | s for s in shards]
+        names.append("reward_think")
+    joined = {name: torch.cat([s[name] for s in shards]) for name in names}
+    lengths = torch.cat([s["offsets"].diff() for s in shards])
+    for name, sizes in (("offsets", lengths), ("response_offsets", lengths - joined["prompt_len"])):
+        joined[name] = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    grading = {key: sum(s["grading"][key] for s in shards) for key in shards[0].get("grading", {})}
+    return joined | {"meta": shards[0]["meta"], "grading": grading}
 
 
 def summarize(folder, rate):
     """Write rollouts.json and print one line: what a run is worth before anything is trained on it."""
-    shards = load_shards(folder)
-    r, grading = join_shards(shards), count_grading(shards)
-    groups = [r["reward"][r["prompt_index"] == i] for i in r["prompt_index"].unique()]
-    s = {"responses": len(r["reward"]), "prompts": len(groups), "pass_rate": r["reward"].mean().item(),
-         "all_right": sum(g.min() == 1 for g in groups).item() / len(groups),
-         "all_wrong": sum(g.max() == 0 for g in groups).item() / len(groups),
-         "mean_length": r["response_offsets"].diff().float().mean().item(),
-         "truncated": r["truncated"].float().mean().item(), "tok_per_s": rate,
-         "too_long_prompts": r["meta"].get("too_long_prompts", 0),
-         **{f"grading_{k}": v for k, v in grading.items()}}
-    write_json(Path(folder) / "rollouts.json", {"summary": s, "meta": r["meta"]})
-    print(f"{folder}: {s['responses']:,} responses to {s['prompts']:,} prompts | right {s['pass_rate']:.3f}"
-          f" | all right {s['all_right']:.3f} | all wrong {s['all_wrong']:.3f}"
-          f" | length {s['mean_length']:.1f} | truncated {s['truncated']:.3f}"
-          f" | prompts left out as too long {s['too_long_prompts']}"
-          f" | grading time-outs {grading.get('timeouts', 0)}" + (f" | {rate:,.0f} tok/s" if rate else ""))
+    r = join_shards(load_shards(folder))
+    rates = r["reward"].view(-1, r["meta"]["n"]).mean(1)    # the responses of a prompt stand together
+    summary = {"responses": len(r["reward"]), "prompts": len(rates), "pass_rate": rates.mean().item(),
+               "all_right": (rates == 1).float().mean().item(),
+               "all_wrong": (rates == 0).float().mean().item(),
+               "mean_length": r["response_offsets"].diff().float().mean().item(),
+               "truncated": r["truncated"].float().mean().item(), "tok_per_s": rate,
+               **{f"grading_{key}": count for key, count in r["grading"].items()}}
+    write_json(folder / "rollouts.json", {"summary": summary, "meta": r["meta"]})
+    parts = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in summary.items() if value is not None]
+    print(f"{folder}: " + " | ".join(parts))
 
 
 if __name__ == "__main__":

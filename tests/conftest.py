@@ -1,6 +1,7 @@
 """Shared by the tests: tiny random models with the demonstration world's tokenizer, small rollouts, and real processes."""
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,13 +41,19 @@ def run_script(*argv, nproc=1, check=True, env=None):
 def run_here(script, *argv):
     """The same in this process, which saves the start-up; returns the exit code. For tests that need no second rank."""
     module, before = importlib.import_module(script.removesuffix(".py")), sys.argv
+    handlers = {number: signal.getsignal(number) for number in rollout.STOP_SIGNALS}
     sys.argv = [script, *map(str, argv)]
+    rollout.checkpoint_fingerprint.cache_clear()            # what ends with a process: this, handlers and locks
     try:
         rollout.run_main(module.main, lambda: module.memory_advice(module.parse_args()))
     except SystemExit as stop:
         return stop.code
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        while rollout.LOCKS:
+            rollout.LOCKS.pop().close()
 
 
 def make_model(folder, seed=0, scale=1.0):

@@ -134,7 +134,7 @@ def test_rollout_restarts_keep_finished_shards_and_two_processes_write_the_same(
     for path in shards:
         a, b = (torch.load(folder / path.name, weights_only=True) for folder in (tmp_path / "one", tmp_path / "two"))
         assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["reward"], b["reward"])
-    assert "max_tokens = 10, now 11" in refused(capsys, tmp_path / "one", *command, "--out", tmp_path / "one", "--max-tokens", 11)
+    assert "max_tokens = 10, not 11" in refused(capsys, tmp_path / "one", *command, "--out", tmp_path / "one", "--max-tokens", 11)
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ STAGES = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
 PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tasks")
                for path in (conftest.ROOT / "tests" / folder).glob("*.*") if path.suffix in (".py", ".sh"))
 BANNER = "# ---- machinery: nothing below is about the method "
-# Lines before the banner: what a reader of the method has to read.
-METHOD = {"rollout.py": 460, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
+# Lines in all, and before the banner: what a reader of the method has to read.
+TOTAL = {"rollout.py": 820}
+METHOD = {"rollout.py": 450, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
 
 
 @pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", *PARTS])
@@ -26,7 +27,7 @@ def test_the_method_stands_before_the_machinery(name):
     lines = text.splitlines()
     banner, = (i for i, line in enumerate(lines, 1) if line.startswith(BANNER))
     defined = {node.name: node for node in ast.parse(text).body if hasattr(node, "name")}
-    assert defined["main"].end_lineno < banner <= METHOD[name] + 1
+    assert defined["main"].end_lineno < banner <= METHOD[name] + 1 and len(lines) <= TOTAL.get(name, 1200)
     assert max(defined.values(), key=lambda node: node.lineno if node.lineno < banner else 0).name == "main"
     topic = {"rollout.py": ["load_prompts", "grade", "generate_hf", "generate_vllm", "build_shard"],
              "teacher.py": ["logps_from_hidden", "token_logps", "ce_loss", "sapo_loss", "grpo_loss", "mse_loss",
