@@ -524,6 +524,9 @@ def write_atomic(path, write):
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())                    # a network disk says only here that it is full
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)          # the new name, too, has to survive a power cut
+        os.fsync(folder)
+        os.close(folder)
     except (RuntimeError, safetensors.SafetensorError) as error:        # their words for a full disk
         said, free = str(error).partition("\n")[0], shutil.disk_usage(path.parent).free / 2 ** 20
         raise OSError(f"{path} cannot be written ({said}; {free:,.1f} MiB free)") from error
