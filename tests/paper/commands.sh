@@ -95,21 +95,15 @@ choose() {            # choose BENCHMARK FLAGS CHECKPOINT...   one of them, by t
 best() {              # best VARIABLE CHECKPOINT...   the most accurate; a dry run takes the first
   local chosen=$2
   if [ -z "${DRY_RUN:-}" ]; then
-    best_of "${@:2}"
+    validate "${@:2}"
+    measure $(best_of "${@:2}")
     chosen=$(choose "$(selection)" "" "${@:2}")
   fi
   printf -v "$1" %s "$chosen"
 }
 
-best_of() {           # best_of CHECKPOINT...   measured only where RUN@best is all that is read
-  local checkpoint
-  validate "$@"
-  if [ -n "$validation" ] && [ -z "${DRY_RUN:-}" ]; then
-    checkpoint=$(choose validation "" "$@")
-    measure "$checkpoint"
-  else
-    measure "$@"
-  fi
+best_of() {           # best_of CHECKPOINT...   the one that RUN@best reads; all where no validation set chooses
+  if [ -n "$validation" ] && [ -z "${DRY_RUN:-}" ]; then choose validation "" "$@"; else echo "$@"; fi
 }
 
 half_kl() {           # half_kl VARIABLE RUN STEPS EVERY   its checkpoint with half the last one's KL

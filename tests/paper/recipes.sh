@@ -1,38 +1,36 @@
 # Tables and figures. Hours: all their models on 8 GPUs, reckoned for 3B from Table 4 of the paper, which does
 # not name its hardware; without evaluation. Minutes: one seed on one core, demonstration world, in the order
-# of `all`, with the runs of earlier tables there already (yours: runs/tables/seconds.txt).
-#     table1   teacher losses with and without distillation              113 h  10 min
-#     table2   rounds with and without distillation                      142 h  16 min
-#     table3   on-policy GRPO from the base and from a student           100 h   5 min
-#     table4   score and time per stage                                   51 h   3 min
-#     table5   steps and KL weight of the distillation                    31 h   2 min
-#     table6   rounds with an entropy bonus in the distillation          100 h   4 min
-#     table7   which checkpoints make the weak-to-strong signal           32 h   5 min
-#     table8   ensembles of two teachers, unlearned starts                71 h   7 min
-#     table9   recovery of an unlearned policy by SFT or CE               45 h   6 min
-#     table10  weak to strong on models of other lengths                  82 h   6 min
-#     table11  weak to strong in rounds; unlearned policies for code     124 h   5 min
-#     table12  outliers of the signal on right responses                  36 h   1 min
-#     fig4     many steps on one batch                                    52 h   1 min
-#     fig5     dynamics of the MSE loss                                   13 h   1 min
-#     fig6     accuracy against KL                                        44 h   6 min
-#     fig7     the denominator: pi_old or the live student                19 h   1 min
-#     fig8     online and offline phases in turn                         128 h   8 min
-#     fig9     strength of the unlearning, and SFT after it               22 h   1 min
-#     fig10    outliers against a linear critic                           21 h   1 min
+# of `all` (three seeds: about 80 minutes on two cores; yours: runs/tables/seconds.txt).
+#     table1   teacher losses with and without distillation         113 h   8 min
+#     table2   rounds with and without distillation                 143 h   8 min
+#     table3   on-policy GRPO from the base and from a student      100 h   5 min
+#     table4   score and time per stage                              51 h   2 min
+#     table5   steps and KL weight of the distillation               31 h   1 min
+#     table6   rounds with an entropy bonus in the distillation     100 h   2 min
+#     table7   which checkpoints make the weak-to-strong signal      34 h   4 min
+#     table8   ensembles of two teachers, unlearned starts           75 h   4 min
+#     table9   recovery of an unlearned policy by SFT or CE          45 h   4 min
+#     table10  weak to strong on models of other lengths             82 h   2 min
+#     table11  weak to strong in rounds; unlearned policies for code  124 h   2 min
+#     table12  outliers of the signal on right responses             36 h   1 min
+#     fig4     many steps on one batch                               52 h   1 min
+#     fig5     dynamics of the MSE loss                              13 h   1 min
+#     fig6     accuracy against KL                                   52 h   6 min
+#     fig7     the denominator: pi_old or the live student           19 h   1 min
+#     fig8     online and offline phases in turn                    128 h   5 min
+#     fig9     strength of the unlearning, and SFT after it          22 h   1 min
+#     fig10    outliers against a linear critic                      21 h   1 min
 # On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS and NPROC, such as
 #     MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=POLARIS-Project/Polaris-Dataset-53K NPROC=8
 #       BENCHMARKS="hmmt_feb25=MathArena/hmmt_feb_2025:32 mine=problems.csv:16" ./run_rounds.sh table1
-# The paper's prompts and seven benchmarks are the default (their names: tests/paper/settings.sh).
-# A table measures those of the seven that the paper's columns show; other names are yours and measured too.
-# JUDGE_URL and JUDGE_MODEL add a judge. LENGTH=20000: tokens of a response, for what a rehearsal reckons.
+# Default: the paper's prompts, and of its seven benchmarks (settings.sh) those of a table's columns. JUDGE_URL
+# and JUDGE_MODEL add a judge. LENGTH=20000: tokens of a response, for what a rehearsal reckons.
 
 # shellcheck shell=bash
 # A recipe holds the commands for one model and one seed; `tables` loops over both. Sourced by run_rounds.sh.
 # Runs live in TABLES/runs/MODEL/seedN and are shared: a command whose output is there is skipped, so every
 # recipe names all that it needs. Sizes and models: settings.sh; the functions a recipe calls: commands.sh.
-#
-# A comment behind a command holds the paper's numbers for its result; "# ours:" names what it does not give.
+# A comment behind a command holds the paper's numbers for its result; "ours" names what it does not give.
 # Ours everywhere: a teacher's batch (32 prompts), its last checkpoint as the one that is distilled, saving.
 ALL=$(echo table{1..12} fig{4..10})
 
@@ -49,11 +47,9 @@ table1() {            # losses x distillation: averages for Qwen3-4B and NBG4-3B
   distil ce-student base ce/final old rollouts $STUDENT               # 73.3, 77.7
   teach mse base rollouts $MSE_70                                     # 36.4, 37.1
   distil mse-min0 base mse/final mse/step-0010 rollouts $WEAK --positive-signal min0  # 71.1, 74.9
-  best_of $(whole ppo 100 50)
-  best_of $(whole grpo 100 20)
-  measure $(whole sapo 120 20) $(whole ce 100 20) {mse,grpo}/final mse/step-0010 \
-    {grpo,sapo,ce}-student/final mse-min0/final
-  validate $(whole sapo 120 20) $(whole ce 100 20) mse/final
+  validate $(whole ppo 100 50) $(whole grpo 100 20) $(whole sapo 120 20) $(whole ce 100 20) mse/final
+  measure $(best_of $(whole ppo 100 50)) $(best_of $(whole grpo 100 20)) grpo/final $(whole sapo 120 20) \
+    $(whole ce 100 20) mse/step-0010 mse/final {grpo,sapo,ce}-student/final mse-min0/final
 }
 
 batches() {           # batches 1 to 4 of Table 2
@@ -85,7 +81,6 @@ table2() {            # rounds with and without distillation: average of three b
       $DISTIL_WEAK $BATCH64 --steps 10                                # 79.9, 80.6
     start=batch$n/student/final
   done
-  # Students and control have the same KL term: none in the paper.
   if [ -n "$SAME_KL" ]; then control=ce-same; teach ce-same base rollouts $CE_100 $SAME_KL; fi
   collect a2/rollouts $control/final 2  # (a) goes on from the last teacher, (b) from an earlier checkpoint
   teach a2/ce $control/final a2/rollouts $CE_100 $SAME_KL             # (a) 73.8, 74.0
@@ -154,7 +149,7 @@ table7() {            # which steps of the MSE run make the signal: HMMT Feb 25
 
 table8() {            # ensembles: an old-start teacher, then an unlearned-start one
   # ours: the old-start teacher first; 16 steps of 64 or 32 of 32; each 16 or 32 steps by validation
-  local strong weak ensemble="$DISTIL_WEAK $BATCH32 --steps 32 --save-every 16" run
+  local strong weak ensemble="$DISTIL_WEAK $BATCH32 --steps 32 --save-every 16" run chosen=''
   collect rollouts base 1                                             # HMMT Feb 25, base: 56.0
   teach mse base rollouts $MSE_70
   teach ce base rollouts $CE_100
@@ -173,9 +168,10 @@ table8() {            # ensembles: an old-start teacher, then an unlearned-start
   distil ensemble-1e3-5e2 $strong unlearned-ce-1e3/final mse/step-0010 rollouts $ensemble  # 69.0
   distil unlearned-ce-1e3-student base unlearned-ce-1e3/final mse/step-0010 rollouts $ensemble  # ours: alone
   for run in ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2} unlearned-ce-1e3-student; do
-    best_of $run/step-0016 $run/final
+    validate $run/{step-0016,final}
+    chosen="$chosen $(best_of $run/{step-0016,final})"
   done
-  measure mse-min0/final ce-student/final
+  measure mse-min0/final ce-student/final $chosen
 }
 
 unlearned() {         # three policies after ten MSE steps of different strength
@@ -284,7 +280,6 @@ fig6() {              # accuracy against KL: CE at three betas and with KL terms
   teach ce-5e2 base rollouts $CE_5E2                                  # ours: Table 8's
   teach ce-kl base rollouts $CE_100 $STAGE1_KL                        # "no significant improvement"
   teach ce-kl-5 base rollouts $CE_100 $STAGE1_KL_5                    # ours: KL of a student
-  # ours, in the demonstration world: the KL over the whole vocabulary
   if [ -n "$EXACT" ]; then runs="$runs ce-kl-exact"; teach ce-kl-exact base rollouts $CE_100 $EXACT; fi
   distil ce-student base ce/final old rollouts $STUDENT
   distil ce-1e2-student base ce-1e2/final old rollouts $STUDENT       # 65.1 after 10 steps, 63.8 after 16
@@ -339,7 +334,8 @@ fig10() {             # outliers: probabilities of the MSE policy against a line
 # ---- models, seeds, jobs -----------------------------------------------------------------------------
 
 tables() {            # tables NAME...   their models and seeds, JOBS at a time, then one report
-  local list='' name model short seed base where out=$TABLES/$1 title="demonstration world" worlds=''
+  local list='' name model short seed base where out=$TABLES/$1 worlds=''
+  local title=${REAL:+${MODEL:-${MODELS:-models of the paper}}}
   list=$(for name in "$@"; do models "$name"; done | tr ' ' '\n' | awk '!seen[$0]++')
   if [ -z "$REAL" ]; then list=$(sort <<< "$list"); fi                # long, short, toy: the longest begin
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi             # two jobs of one thread beat one of two
@@ -362,9 +358,8 @@ tables() {            # tables NAME...   their models and seeds, JOBS at a time,
   done
   while [ -n "$(jobs -p)" ]; do wait -n; done
   if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
-  if [ -n "$REAL" ]; then title=${MODEL:-${MODELS:-models of the paper}}; fi
   step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --models $worlds \
-    --title "$title"
+    --title "${title:-demonstration world}"
   if [ -n "${REHEARSE:-}" ] && [ -z "${DRY_RUN:-}" ]; then                      # what it took, and would cost
     DRY_RUN=1 REHEARSE='' PROMPTS=$prompts TABLES=$TABLES ./run_rounds.sh "$command" |
       python tests/paper/cost.py "$TABLES" --length "${LENGTH:-20000}"

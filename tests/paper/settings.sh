@@ -10,7 +10,8 @@ SETS=${BENCHMARKS:-aime24=HuggingFaceH4/aime_2024:32 aime25=MathArena/aime_2025:
   hmmt_feb26=MathArena/hmmt_feb_2026:32 beyond_aime=ByteDance-Seed/BeyondAIME:16 imo=answerbench_v2.csv:4}
 CODE_SETS=${CODE_BENCHMARKS:-livecodebench=test6.jsonl:32}  # of livecodebench/code_generation_lite
 KL_SAMPLES=4  # ours: 4 samples of each problem that KL is measured on
-JOBS=${JOBS:-${REAL:+1}} JOBS=${JOBS:-$(nproc)}         # seeds at the same time, with one thread each
+# Seeds at the same time, of one thread each: one more than cores, so that three on two cores end together.
+JOBS=${JOBS:-${REAL:+1}} JOBS=${JOBS:-$(($(nproc) + 1))}
 benchmarks='' code_benchmarks='' validation=''
 SMALLER_COLLECT='' SMALLER_TEACH='' SMALLER_DISTIL='' SMALLER_SCORE=''
 
@@ -48,6 +49,7 @@ demonstration() {     # demonstration WORLD   toy, or one of shorter or longer c
   MSE="--loss mse --lr 5e-4" UNLEARN_5E6="--loss mse --lr 1e-3" UNLEARN_1E5="--loss mse --lr 2e-3"
   UNLEARN_A="--loss mse --lr 1e-4 --negative-weight 0.5" UNLEARN_B="--loss mse --lr 1e-4 --negative-weight 1"
   UNLEARN_C="--loss mse --lr 5e-4 --negative-weight 1"
+  # Ours: a KL term over the whole vocabulary, for students and their control (Table 2), and apart (Fig. 6).
   SAME_KL="--kl-coef 0.3 --kl-kind exact" DISTIL="--lr 3e-4 $SAME_KL" DISTIL_SAPO="--lr 1e-4"
   DISTIL_WEAK=$DISTIL
   KL_HIGH="--kl-coef 3 --kl-kind exact" KL_MIDDLE="--kl-coef 1 --kl-kind exact"
