@@ -26,7 +26,7 @@ their claim and its reason.
 **holds**: each test's whole 95 % interval lies on its side of the margin. **does not hold**: one test's
 lies on the other side, at the level 0.025/k for a claim of k tests. **premise absent here**: what the claim
 starts from is not so on the selection benchmark. **not run here**: a run is missing. **undecided**: all
-else.
+else, and all where there is one seed of everything.
 
 Intervals are Student's t. Their variance is that over seeds, the larger of the test's own and the one
 pooled over all tests of that kind (per checkpoint compared; of logarithms for ratios), plus that over

@@ -102,7 +102,7 @@ best() {              # best VARIABLE CHECKPOINT...   the most accurate; a dry r
   printf -v "$1" %s "$chosen"
 }
 
-best_of() {           # best_of CHECKPOINT...   the one that RUN@best reads; all where no validation set chooses
+best_of() {           # best_of CHECKPOINT...   the one that RUN@best reads, by validation prompts; else all
   if [ -n "$validation" ] && [ -z "${DRY_RUN:-}" ]; then choose validation "" "$@"; else echo "$@"; fi
 }
 

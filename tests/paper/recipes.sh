@@ -23,8 +23,8 @@
 # On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS and NPROC, such as
 #     MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=POLARIS-Project/Polaris-Dataset-53K NPROC=8
 #       BENCHMARKS="hmmt_feb25=MathArena/hmmt_feb_2025:32 mine=problems.csv:16" ./run_rounds.sh table1
-# Default: the paper's prompts, and of its seven benchmarks (settings.sh) those of a table's columns. JUDGE_URL
-# and JUDGE_MODEL add a judge. LENGTH=20000: tokens of a response, for what a rehearsal reckons.
+# Default: the paper's prompts, and of its seven benchmarks (settings.sh) those of a table's columns.
+# JUDGE_URL and JUDGE_MODEL add a judge. LENGTH=20000: tokens of a response, for what a rehearsal reckons.
 
 # shellcheck shell=bash
 # A recipe holds the commands for one model and one seed; `tables` loops over both. Sourced by run_rounds.sh.
