@@ -13,7 +13,7 @@ from reads import PAPER
 
 
 def two_arms(noise, generator, seeds=3, tests=40, problems=300, samples=4):
-    """Values [tests, seeds, problems] of tests without an effect: two arms, one base, noise of either's seeds.
+    """Values [tests, seeds, problems] of tests without an effect: two arms, the noise of either's seeds.
 
     In logits: problems differ by 1.8, what an arm does to a problem by 0.4, a seed to a problem by 0.3, and a
     seed to all of them by `noise` (0.08 is 1.5 points of accuracy).
@@ -28,7 +28,7 @@ def two_arms(noise, generator, seeds=3, tests=40, problems=300, samples=4):
 
 
 def wrong_rates(noise, rule):
-    """Shares of wrong 'holds' and 'does not hold' of a rule(values, pooled variance) -> distance [T], error [T]."""
+    """Shares of wrong 'holds' and 'does not hold' of a rule(values, pooled variance) -> error [tests]."""
     found, generator = [], torch.Generator().manual_seed(0)
     for _ in range(60):                                     # reports of 40 ordinary tests, which are pooled
         ordinary, odd = two_arms(noise[:1] * 2, generator), two_arms(noise, generator)
@@ -60,14 +60,16 @@ def test_a_test_says_what_its_interval_allows(mean, se, df, k, expected):
 
 def test_the_error_holds_seeds_and_problems_and_counts_sampling_once():
     generator = torch.Generator().manual_seed(1)
-    problems, seeds = torch.randn(1, 1, 300, generator=generator), torch.randn(4000, 3, 1, generator=generator)
+    problems = torch.randn(1, 1, 300, generator=generator)
+    seeds = torch.randn(4000, 3, 1, generator=generator)
     draws = torch.randn(4000, 3, 300, generator=generator)
     values = (0.2 * problems + 0.02 * seeds + 0.3 * draws).double()
     wanted = 0.2 ** 2 / 300 + (0.02 ** 2 + 0.3 ** 2 / 300) / 3
-    assert (standard_error(values, 0.0) ** 2).mean().item() == pytest.approx(wanted, rel=0.15)  # one set of problems
+    # one set of problems
+    assert (standard_error(values, 0.0) ** 2).mean().item() == pytest.approx(wanted, rel=0.15)
     assert standard_error(values[:1, :1], 0.01).item() == pytest.approx(
         (0.01 + values[0, 0].var().item() / 300) ** 0.5)    # one seed: its variance is the others'
-    assert standard_error(values[:, :, :1], 1.0).min() >= 3 ** -0.5                             # never below the pooled
+    assert standard_error(values[:, :, :1], 1.0).min() >= 3 ** -0.5     # never below the pooled
 
 
 # ---- what a claim needs ------------------------------------------------------------------------------------
@@ -85,9 +87,10 @@ def test_every_claim_has_a_premise_tests_and_margins_with_a_reason():
 
 
 def model(name="toy", seeds="012", **accuracies):
-    """A read model: of each run its accuracies, a number, or one per seed, on 40 problems and 20 to choose on."""
+    """A read model: of each run its accuracy, one or one per seed, on 40 problems and 20 to choose on."""
     def rows(accuracy, kl=0.01):
-        row = {"k": 1, "avg_at_k": accuracy, "kl": kl, "entropy": 0.5, "mean_length": 80.0 if name == "long" else 40.0}
+        length = 80.0 if name == "long" else 40.0
+        row = {"k": 1, "avg_at_k": accuracy, "kl": kl, "entropy": 0.5, "mean_length": length}
         return {b: row | {"correct_per_problem": [1] * round(accuracy * n) + [0] * (n - round(accuracy * n))}
                 for b, n in (("test", 40), ("validation", 20))}
     runs = {}
@@ -116,7 +119,8 @@ def test_verdicts_of_made_up_runs():
     none = {"metric": "accuracy", "plus": ["same"], "minus": ["base"], "below": 6}
     verdict = lambda *tests, **more: decide(claim(*tests, **more), [toy], POOLS)[0]         # noqa: E731
     assert verdict(better("good", "base")) == "holds" and verdict(better("bad", "base")) == "does not hold"
-    assert verdict(better("same", "base")) == "undecided" and verdict(none) == "holds"      # no gain of 6 points
+    assert verdict(better("same", "base")) == "undecided"
+    assert verdict(none) == "holds"                         # no gain of 6 points
     assert verdict(better("good", "base"), better("same", "base")) == "undecided"
     assert verdict(better("good", "base"), better("missing", "base")) == "not run here"
     assert verdict(better("good", "base"), better("bad", "base", extra="ours")) == "holds"
@@ -130,6 +134,8 @@ def test_a_world_with_one_seed_is_shown_and_does_not_decide_beside_others():
     answer, _, lines = decide(claim(better("good", "base")), worlds, POOLS)
     assert answer == "holds" and [(line["n"], line["decides"]) for line in lines] == [(3, True), (1, False)]
     assert decide(claim(better("good", "base")), worlds[1:], POOLS)[0] == "does not hold"   # the only one
+    with_premise = claim(better("good", "base"), premise=[better("good", "base")])
+    assert decide(with_premise, worlds, POOLS)[0] == "holds"
     slope = {"metric": "gain_per_doubling", "plus": ["good"], "minus": ["base"], "above": 1}
     answer, _, (line,) = decide(claim(slope), worlds, POOLS)
     assert answer == "does not hold" and line["n"] == "3+1" and line["mean"] == pytest.approx(-0.6)
@@ -168,7 +174,8 @@ def test_a_student_is_compared_with_whole_paths_at_equal_kl_and_at_the_papers_ho
         for b, path in teacher["rows"].items():
             path[4] = student["rows"][b][8] | {"kl": 0.005}
             path[8] = early[b]["8"] | {"kl": 0.1}
-        teacher["metrics"], student["info"]["script"] = [{"step": i, "seconds": 1.0} for i in (4, 8)], "distill.py"
+        teacher["metrics"] = [{"step": i, "seconds": 1.0} for i in (4, 8)]
+        student["info"]["script"] = "distill.py"
         student["info"]["args"] = {"teacher": f"/seed{seed}/teacher/final"}
     whole = {"metric": "ahead", "plus": ["student"], "minus": ["teacher"], "above": 1}
     values = claims.values_of_test(toy, whole, ["table1"])
@@ -178,5 +185,6 @@ def test_a_student_is_compared_with_whole_paths_at_equal_kl_and_at_the_papers_ho
     assert last.mean().item() == pytest.approx(0.7 - line)
     assert claims.values_of_test(toy, whole | {"if_run": ["missing"]}, ["table1"]) is not None
     assert claims.values_of_test(toy, whole | {"minus": ["teacher", "missing"]}, ["table1"]) is None
-    hours = [claims.number(toy, "0", "paper_hours", name, ["test"]) for name in ("base", "teacher@4", "student")]
+    names = "base", "teacher@4", "student"
+    hours = [claims.number(toy, "0", "paper_hours", name, ["test"]) for name in names]
     assert hours == pytest.approx([0, 7 + 4 * 300 / 3600, 7 + 8 * 300 / 3600 + 8 * 400 / 3600])

@@ -260,14 +260,15 @@ def test_the_demonstration_is_in_the_papers_regime_and_changes_one_thing_at_a_ti
         if c["script"] == "evaluate.py" and "data" in c and "pick" not in c:
             name, k = re.fullmatch(r"(\w+)=.*:(\d)", c["data"]).groups()
             assert c["temperature"] == "0.6"
-            assert (c["top-p"], k) == {"test": ("0.95", "4"), "kl": ("1", "1"), "validation": ("0.95", "2")}[name]
+            wanted = {"test": ("0.95", "4"), "kl": ("1", "1"), "validation": ("0.95", "2")}
+            assert (c["top-p"], k) == wanted[name]
     teachers, students = runs(commands, "teacher.py"), runs(commands, "distill.py")
     betas = [float(teachers[run]["beta"]) for run in ("ce", "ce-1e2", "ce-5e2")]
     assert [beta / betas[0] for beta in betas] == [1, 10, 50]                       # the paper's ladder
     assert "kl-kind" not in teachers["ce-kl"] and teachers["ce-kl-exact"]["kl-kind"] == "exact"
     term = {(teachers[run]["kl-coef"], teachers[run]["kl-kind"]) for run in ("ce-same", "a2/ce", "b2/ce")}
     assert term == {(students[run]["kl-coef"], students[run]["kl-kind"])
-                    for run in ("ce-student", "batch2/student", "batch3/student")}  # claim 12: the same in both
+                    for run in ("ce-student", "batch2/student", "batch3/student")}  # claim 12
     online = next(c for c in teachers.values() if c["out"].startswith("online/"))
     prompts = next(c for c in commands if c.get("out", "").startswith("online/rollouts"))["num-prompts"]
     assert int(prompts) == int(online["steps"]) * int(online["batch-prompts"])      # each prompt is used once

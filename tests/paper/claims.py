@@ -25,8 +25,8 @@ their claim and its reason.
 
 **holds**: each test's whole 95 % interval lies on its side of the margin. **does not hold**: one test's
 lies on the other side, at the level 0.025/k for a claim of k tests. **premise absent here**: what the claim
-starts from is not so on the selection benchmark. **not run here**: a run is missing. **undecided**: all
-else, and all where there is one seed of everything.
+starts from is not so on the selection benchmark, by the mean over seeds. **not run here**: a run is
+missing. **undecided**: all else, and all where there is one seed of everything.
 
 Intervals are Student's t. Their variance is that over seeds, the larger of the test's own and the one
 pooled over all tests of that kind (per checkpoint compared; of logarithms for ratios), plus that over
@@ -168,13 +168,14 @@ def lines_of_test(test, where, models, pools):
             continue
         se, mean, n = standard_error(values, variance * weight).item(), values.mean().item(), len(values)
         lines.append(dict(test=test, model=model_runs["name"], n=n, mean=mean, se=se, df=df))
-        length = number(model_runs, None, "length", "base", benchmarks_for(where[0], model_runs))
-        lengths.append(math.log2(length))
+        if test["metric"] == "gain_per_doubling":
+            length = number(model_runs, None, "length", "base", benchmarks_for(where[0], model_runs))
+            lengths.append(math.log2(length))
     if test["metric"] != "gain_per_doubling":
         return lines
     if len(lines) < 2:
         return []
-    middle = statistics.fmean(lengths)                       # least squares over the models' lengths
+    middle = statistics.fmean(lengths)                      # least squares over the models' lengths
     shares = [(x - middle) / sum((other - middle) ** 2 for other in lengths) for x in lengths]
     mean = sum(a * x["mean"] for a, x in zip(shares, lines))
     se = math.hypot(*(a * x["se"] for a, x in zip(shares, lines)))
@@ -191,11 +192,12 @@ def margin(test):
 
 
 def premises(claim, models):
-    """[(test, its mean in each model that has its runs, whether all lie on its side)] of a premise."""
+    """[(test, its mean in each model that decides, whether all lie on its side)] of a claim's premise."""
     found = []
     for test in claim["premise"]:
-        values = (values_of_test(model_runs, test, claim["where"], premise=True) for model_runs in models)
-        means = [x.mean().item() for x in values if x is not None]
+        values = [values_of_test(model_runs, test, claim["where"], premise=True) for model_runs in models]
+        values = [x for x in values if x is not None]
+        means = [x.mean().item() for x in values if len(x) > 1 or all(len(y) == 1 for y in values)]
         bound, sign = margin(test)
         found.append((test, means, bool(means) and all((mean - bound) * sign > 0 for mean in means)))
     return found
