@@ -262,8 +262,9 @@ def claim_text(claim, answer, premise, lines):
     """One claim as text: its verdict, its premise, and every test with its number and interval."""
     text = [f"* **Claim {claim['number']}: {claim['text']}: {answer}.** {claim.get('why', '')}".rstrip()]
     for test, means, holds in premise:
-        text.append(f"  * premise, {what_of(test)} = {', '.join(show(test, mean) for mean in means) or '-'}, "
-                    f"{bound_of(test)}: {'present' if holds else 'absent'}")
+        found = ", ".join(show(test, mean) for mean in means) or "-"
+        state = "present" if holds else "absent" if means else "not run here"
+        text.append(f"  * premise, {what_of(test)} = {found}, {bound_of(test)}: {state}")
     for line in lines:
         extra = f" ({line['test']['extra']})" if "extra" in line["test"] else ""
         shown = "" if line["decides"] else "; shown, does not decide"
