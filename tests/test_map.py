@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import map as lead_map
-from runs import within
+from runs import t_quantile, within
 
 ARMS = [f"{stage}-{kind}-2" for stage in ("one", "two") for kind in lead_map.KINDS]
 
@@ -33,8 +33,8 @@ def paths(generator, accuracy, arms=3, n=300, k=4):
 @pytest.mark.parametrize("accuracy", [0.6, 0.65])
 def test_picking_among_many_arms_gives_no_lead_and_a_true_lead_is_seen(accuracy):
     generator = torch.Generator().manual_seed(0)
-    leads = torch.stack([lead_map.reached(paths(generator, accuracy, arms=8), 0.01)
-                         - lead_map.reached(paths(generator, 0.6, arms=1), 0.01) for _ in range(60)])
+    leads = torch.stack([lead_map.reach(paths(generator, accuracy, arms=8), 0.01)
+                         - lead_map.reach(paths(generator, 0.6, arms=1), 0.01) for _ in range(60)])
     assert leads[:, 0].mean() == pytest.approx(accuracy - 0.6, abs=0.006)       # s.e. 0.0025
     # without the halves the best of 16 noisy points would be 0.02 above the truth
     biased = [max(x[0].mean().item() for path in paths(generator, 0.6, arms=8).values() for x in within(path, 1))
@@ -44,7 +44,7 @@ def test_picking_among_many_arms_gives_no_lead_and_a_true_lead_is_seen(accuracy)
 
 @pytest.mark.parametrize("df, expected", [(2, 4.303), (16, 2.120), (200, 1.972)])
 def test_quantiles_of_students_t(df, expected):
-    assert lead_map.t_quantile(df) == pytest.approx(expected, abs=2e-3)
+    assert t_quantile(df) == pytest.approx(expected, abs=2e-3)
 
 
 def write_run(folder, name, points, rows, generator):

@@ -1,140 +1,273 @@
 """
-The paper's claims, with a verdict from the data: bootstrap over seeds and problems.
+The paper's claims, with a verdict from the data by a rule that was fixed before the data.
 
-A claim of paper.json names tests; each is a number that should be above 0: the sum of a metric over some
-checkpoints less that over others. Words: see runs.py. D is the number of draws; the first is the data.
+A claim of paper.json has a premise and tests. Each is a number that has to lie above or below a margin: the
+sum of a metric over some checkpoints less that over others. RULE says what follows from it. Words: see
+runs.py. The values of a test are [S, N]: seeds x problems, or x 1 for what is not an accuracy.
 """
 import itertools
 import math
 import statistics
+from collections import Counter
 
 import torch
 
-from runs import benchmarks_for, measured, number
+from reads import PAPER
+from runs import benchmarks_for, mean_se, measured, number, reached, t_quantile
 
-DRAWS = 1000
+RULE = """
+A claim of the paper has *tests*, each with a margin that was fixed before the runs: differences of
+accuracy, in points; ratios of KL, entropy, length, probability and distance, written ×; shares. Where
+something is to be better, it has to be so by more than 1 point: the paper builds on differences from 0.7
+points on, and for less nobody needs a second stage. Where there is to be no gain, it has to be below 2
+points: the paper calls +1.2 a failure (Table 3) and +2.5 a steady rise (Table 2). Other margins stand with
+their claim and its reason.
 
+**holds**: each test's whole 95 % interval lies on its side of the margin. **does not hold**: one test's
+lies on the other side, at the level 0.025/k for a claim of k tests. **premise absent here**: what the claim
+starts from is not so on the selection benchmark, by the mean over seeds. **not run here**: a run is
+missing. **undecided**: all else, and all where there is one seed of everything.
 
-def accuracy_within(points, kl):
-    """The highest accuracy on a path of (KL, accuracy), straight between its points, within a KL, or None."""
-    found = [a for k, a in points if k <= kl]
-    for (k0, a0), (k1, a1) in itertools.pairwise(points):
-        if min(k0, k1) <= kl < max(k0, k1):
-            found.append(a0 + (a1 - a0) * (kl - k0) / (k1 - k0))
-    return max(found, default=None)
-
-
-def ahead(model_runs, seed, student, rivals, over, drawn, last_only):
-    """The student's accuracy minus the best of the rivals' paths from the base within its KL, per draw."""
-    def point(name):
-        return [number(model_runs, seed, metric, name, over, drawn) for metric in ("kl", "accuracy")]
-    (kl, mine), paths = point(student), []
-    for label in rivals:
-        run = model_runs["runs"].get(label, {}).get(seed)
-        steps = measured(run, over)[-1 if last_only else 0:] if run else []
-        paths.append([point(name) for name in ("base", *(f"{label}@{step}" for step in steps))])
-    if kl is None or mine is None or any(len(path) < 2 or any(k is None for k, _ in path) for path in paths):
-        return None
-    best = []
-    for d in range(len(mine)):
-        reached = [accuracy_within([(k, a[d].item()) for k, a in path], kl) for path in paths]
-        best.append(max(a for a in reached if a is not None))                   # the base is within any KL
-    return mine - torch.tensor(best, dtype=torch.float64)
-
-
-def value_of_test(model_runs, seed, test, over, drawn):
-    """What a test of a claim says should be above 0, for one seed, per draw [D]; None if a run is missing."""
-    plus, minus, metric = test["plus"], test["minus"], test["metric"]
-    if metric in ("ahead", "ahead_of_last"):
-        return ahead(model_runs, seed, plus[0], minus, over, drawn, metric == "ahead_of_last")
-    of = "accuracy" if metric in ("spread", "gain_with_length") else metric
-    values = [number(model_runs, seed, of, name, over, drawn) for name in plus + minus]
-    if any(value is None or isinstance(value, float) and math.isnan(value) for value in values):
-        return None
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(DRAWS) for value in values])
-    first, second = values[:len(plus)], values[len(plus):]
-    if metric == "spread":
-        return first.amax(0) - first.amin(0) - second.amax(0) + second.amin(0)
-    return first.sum(0) - second.sum(0) - test.get("above", 0.0)
+Intervals are Student's t. Their variance is that over seeds, the larger of the test's own and the one
+pooled over all tests of that kind (per checkpoint compared; of logarithms for ratios), plus that over
+problems, less what both count. All seeds count, n of them. A model with one seed is shown beside models
+with more and does not decide. Where a rival's best point at an equal KL or time is looked for, one half of
+the problems picks it and the other half measures it, both ways.
+"""
+RATIOS = ("kl", "entropy", "length", "train_entropy", "prob_pos", "prob_neg", "moved", "far_moved",
+          "far_focus")
+ACCURACIES = {"ahead": "accuracy at equal KL",
+              "ahead_of_last": "accuracy at equal KL, on the line to the last checkpoint",
+              "ahead_in_time": "accuracy after equal hours of the paper", "accuracy": "accuracy",
+              "spread": "range of accuracy", "gain_per_doubling": "gain per doubling of the length"}
+NOISE = ["model", "prompts x responses", "benchmark", "problems x samples", "seeds",
+         "AVG@K of a checkpoint: s.e. from sampling", "s.e. over seeds (median)"]
 
 
-def bootstrap(per_seed, generator):
-    """(mean, low, high): the 95 % interval of the mean over seeds of per_seed [S, D].
+# ---- the number of a test ----------------------------------------------------------------------------------
 
-    Problems are drawn already, seeds are here, with the factor sqrt(S / (S - 1)) that S draws lack.
+def ahead(model_runs, seed, test, over):
+    """The student's accuracy less that of the best of the rivals' paths from the base [N].
+
+    Within its KL, or the paper's hours. Rivals in `if_run` may be missing.
     """
-    n, centre = len(per_seed), per_seed.mean(0)
-    values = centre
-    if n > 1:
-        picked = torch.randint(n, per_seed.shape, generator=generator)
-        values = (per_seed.gather(0, picked).mean(0) - centre) * math.sqrt(n / (n - 1)) + centre
-    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    if n == 1 and low == high:                              # one seed, and no problems: no noise is known
-        low, high = -math.inf, math.inf
-    return centre[0].item(), low, high
+    cost = "paper_hours" if test["metric"] == "ahead_in_time" else "kl"
+
+    def point(name):
+        scores = number(model_runs, seed, "accuracy", name, over, each=True)
+        return number(model_runs, seed, cost, name, over), None if scores is None else scores[None]
+    paths, runs = [], model_runs["runs"]
+    for label in test["minus"] + [label for label in test.get("if_run", []) if label in runs]:
+        run = runs.get(label, {}).get(seed)
+        steps = measured(run, over)[-1 if test["metric"] == "ahead_of_last" else 0:] if run else []
+        paths.append([point(name) for name in ("base", *(f"{label}@{step}" for step in steps))])
+    student = point(test["plus"][0])
+    if None in student or any(len(path) < 2 or None in itertools.chain(*path) for path in paths):
+        return None
+    return (student[1] - reached(paths, student[0]))[0]
 
 
-def verdict(low, high):
-    """What its interval says of a test, whose number should be above 0."""
+def value_of_test(model_runs, seed, test, over):
+    """The number of a test in one seed [N]; None if a run is missing."""
+    plus, minus, metric = test["plus"], test["minus"], test["metric"]
+    if metric.startswith("ahead"):
+        return ahead(model_runs, seed, test, over)
+    of = "accuracy" if metric in ACCURACIES else metric
+    values = [number(model_runs, seed, of, name, over, each=True) for name in plus + minus]
+    if None in [value if value is None else 0 for value in values]:
+        return None
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64).reshape(-1) for value in values])
+    values = values.log() if metric in RATIOS else values
+    first, second = values[:len(plus)], values[len(plus):]
+    if metric == "spread":                                  # the best less the worst of each group
+        first, second = ((x[x.mean(1).argmax()] - x[x.mean(1).argmin()])[None] for x in (first, second))
+    value = first.sum(0) - second.sum(0)
+    return value if value.isfinite().all() else None
+
+
+def values_of_test(model_runs, test, where, premise=False):
+    """[S, N] of the seeds that have a test's runs, None if none has.
+
+    Accuracies are read on the benchmarks of the first table or figure of `where` that all were measured,
+    those of a premise on the selection benchmark.
+    """
+    sets = [[model_runs["selection"]]] if premise else [benchmarks_for(name, model_runs) for name in where]
+    over = next((names for names in sets if set(names) <= set(model_runs["base"])), None)
+    values = [value_of_test(model_runs, seed, test, over) for seed in model_runs["seeds"]] if over else []
+    values = [value for value in values if value is not None]
+    return torch.stack(values) if values else None
+
+
+# ---- how sure it is ----------------------------------------------------------------------------------------
+
+def kind_and_weight(test):
+    """(what its variance over seeds is pooled with, how many checkpoints it compares, which have a seed)."""
+    metric, names = test["metric"], [name for name in test["plus"] + test["minus"] if name != "base"]
+    count = 4 if metric == "spread" else 2 if metric.startswith("ahead") else len(names)
+    return "accuracy" if metric in ACCURACIES else metric, count
+
+
+def pool(models):
+    """{kind: (variance over seeds per checkpoint, degrees of freedom)}, from all tests of all claims."""
+    squares, df = Counter(), Counter()
+    for claim, model_runs in itertools.product(PAPER["claims"], models):
+        for test in claim["tests"]:
+            values, (kind, weight) = values_of_test(model_runs, test, claim["where"]), kind_and_weight(test)
+            if values is not None and len(values) > 1:
+                squares[kind] += (len(values) - 1) * values.mean(1).var().item() / weight
+                df[kind] += len(values) - 1
+    return {kind: (squares[kind] / df[kind], df[kind]) for kind in df}
+
+
+def standard_error(values, seeds):
+    """Of the mean of values [..., S, N], had other seeds and problems been drawn.
+
+    seeds: the pooled variance over seeds.
+    """
+    S, N = values.shape[-2:]
+    problems = values.mean(-2).var(-1) / N if N > 1 else torch.tensor(0.0)
+    if S > 1:
+        seeds = values.mean(-1).var(-1).clamp(min=seeds)
+        both = (values - values.mean(-1, keepdim=True)).var(-2).mean(-1) / N / S    # sampling is in either
+        problems = (problems - both).clamp(min=0)
+    return (seeds / S + problems).sqrt()
+
+
+def side(distance, se, df, k=1):
+    """What a test says whose number lies this far on the right side of its margin, as one of k tests."""
+    if not df:                                              # one seed everywhere: its variance is not known
+        return "undecided"
+    low, high = distance - t_quantile(df) * se, distance + t_quantile(df, 1 - 0.025 / k) * se
     return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
 
 
-def draw_problems(model_runs, generator):
-    """{benchmark: how often each problem is drawn [D, n]}, the first row each once."""
-    drawn = {}
+def noise_lines(model_runs):
+    """How much data a model's numbers rest on, and its standard errors: a line per benchmark."""
+    lines = []
     for b in model_runs["scored"]:
-        n = model_runs["base"][b]["n_problems"]
-        picks = torch.randint(n, (DRAWS, n), generator=generator)
-        ones = torch.ones(DRAWS, n, dtype=torch.float64)
-        drawn[b] = torch.zeros_like(ones).scatter_add_(1, picks, ones) / n
-        drawn[b][0] = 1 / n
-    return drawn
-
-
-def decide_test(test, where, models):
-    """[(test, model, seeds, mean, low, high)] of the models that have the runs of a test.
-
-    Accuracies are read on the benchmarks of the first table or figure of `where` that all were measured.
-    """
-    lines, slopes, generator = [], [], torch.Generator().manual_seed(0)
-    for model_runs in models:
-        sets = [benchmarks_for(name, model_runs) for name in where]
-        over = next((names for names in sets if set(names) <= set(model_runs["scored"])), None)
-        if not over:
-            continue
-        drawn = draw_problems(model_runs, generator)
-        values = [value_of_test(model_runs, seed, test, over, drawn) for seed in model_runs["seeds"]]
-        values = [value for value in values if value is not None]
-        if values and test["metric"] == "gain_with_length":
-            length = model_runs["base"][over[0]]["mean_length"]
-            slopes.append((math.log(length), torch.stack(values)))
-        elif values:
-            lines.append((test, model_runs["name"], len(values), *bootstrap(torch.stack(values), generator)))
-    if len(slopes) > 1:                                     # accuracy per log length: least squares
-        middle, n = statistics.fmean(length for length, _ in slopes), min(len(gains) for _, gains in slopes)
-        slope = sum((length - middle) * gains[:n] for length, gains in slopes)
-        slope = slope / sum((length - middle) ** 2 for length, _ in slopes)
-        lines.append((test, "over " + ", ".join(m["name"] for m in models), n, *bootstrap(slope, generator)))
+        paths = [[run["rows"].get(b) for run in by_seed.values()] for by_seed in model_runs["runs"].values()]
+        last = [[path[max(path)] for path in by_seed if path] for by_seed in paths]
+        sampling = [row["se"] for rows in last for row in rows]
+        over = [mean_se(row["avg_at_k"] for row in rows)[1] for rows in last if len(rows) > 1]
+        base = model_runs["base"][b]
+        medians = [f"{statistics.median(errors):.4f}" if errors else "-" for errors in (sampling, over)]
+        lines.append([model_runs["name"], model_runs["rollouts"], b, f"{base['n_problems']} x {base['k']}",
+                      len(model_runs["seeds"]), *medians])
     return lines
 
 
-def decide(claim, models):
-    """(verdict, lines of decide_test): holds where all tests hold, in every model that has their runs."""
-    decided = [decide_test(test, claim["where"], models) for test in claim["tests"]]
-    lines = list(itertools.chain(*decided))
-    verdicts = {verdict(low, high) for *_, low, high in lines}
-    if not all(decided):
-        return "not run here", lines
-    return next((v for v in ("does not hold", "undecided") if v in verdicts), "holds"), lines
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+def lines_of_test(test, where, models, pools):
+    """[dict(test, model, n, mean, se, df)] of the models that have the runs of a test."""
+    lines, lengths, (kind, weight) = [], [], kind_and_weight(test)
+    variance, df = pools.get(kind, (0.0, 0))
+    for model_runs in models:
+        values = values_of_test(model_runs, test, where)
+        if values is None:
+            continue
+        se, mean, n = standard_error(values, variance * weight).item(), values.mean().item(), len(values)
+        lines.append(dict(test=test, model=model_runs["name"], n=n, mean=mean, se=se, df=df))
+        if test["metric"] == "gain_per_doubling":
+            length = number(model_runs, None, "length", "base", benchmarks_for(where[0], model_runs))
+            lengths.append(math.log2(length))
+    if test["metric"] != "gain_per_doubling":
+        return lines
+    if len(lines) < 2:
+        return []
+    middle = statistics.fmean(lengths)                      # least squares over the models' lengths
+    shares = [(x - middle) / sum((other - middle) ** 2 for other in lengths) for x in lengths]
+    mean = sum(a * x["mean"] for a, x in zip(shares, lines))
+    se = math.hypot(*(a * x["se"] for a, x in zip(shares, lines)))
+    return [dict(test=test, model=", ".join(x["model"] for x in lines), mean=mean, se=se, df=df,
+                 n="+".join(str(x["n"]) for x in lines))]
 
 
-def claim_text(claim, answer, lines):
-    """One claim as text: its verdict, and every test with its number and interval."""
-    text = [f"* **Claim {claim['number']}: {claim['text']}: {answer}.**"]
-    for test, where, seeds, mean, low, high in lines:
-        what = f"{test['metric'].replace('_', ' ')}: {' + '.join(test['plus'])}"
-        what += f" minus {' + '.join(test['minus'])}" if test["minus"] else ""
-        what += f" minus {test['above']:g}" if "above" in test else ""
-        text.append(f"  * {what} = {mean:+.4f}, 95 % from {low:+.4f} to {high:+.4f} "
-                    f"({where}, {seeds} seed{'s' * (seeds > 1)}): {verdict(low, high)}")
+def margin(test):
+    """(the number that a test's has to pass, +1 above it or -1 below it), in the units of its values."""
+    sign, bound = (1, test["above"]) if "above" in test else (-1, test["below"])
+    if test["metric"] in RATIOS:
+        bound = math.log(bound)
+    return (bound / 100 if test["metric"] in ACCURACIES else bound), sign
+
+
+def premises(claim, models):
+    """[(test, its mean in each model that decides, whether all lie on its side)] of a claim's premise."""
+    found = []
+    for test in claim["premise"]:
+        values = [values_of_test(model_runs, test, claim["where"], premise=True) for model_runs in models]
+        values = [x for x in values if x is not None]
+        means = [x.mean().item() for x in values if len(x) > 1 or all(len(y) == 1 for y in values)]
+        bound, sign = margin(test)
+        found.append((test, means, bool(means) and all((mean - bound) * sign > 0 for mean in means)))
+    return found
+
+
+def decide(claim, models, pools):
+    """(verdict, premises, lines of all tests, each with its own verdict)."""
+    by_test = [lines_of_test(test, claim["where"], models, pools) for test in claim["tests"]]
+    deciding = [line for lines, test in zip(by_test, claim["tests"]) if not test.get("extra")
+                for line in lines if line["n"] != 1 or all(other["n"] == 1 for other in lines)]
+    for line in itertools.chain(*by_test):
+        bound, sign = margin(line["test"])
+        k = len(deciding) if line in deciding else 1
+        line |= dict(verdict=side((line["mean"] - bound) * sign, line["se"], line["df"], k),
+                     decides=line in deciding)
+    premise, lines = premises(claim, models), list(itertools.chain(*by_test))
+    needed = [found for found, test in zip(by_test, claim["tests"]) if not test.get("extra")]
+    if not all(needed + [means for _, means, _ in premise]):
+        answer = "not run here"
+    elif not all(holds for *_, holds in premise):
+        answer = "premise absent here"
+    else:
+        verdicts = {line["verdict"] for line in deciding}
+        answer = next((v for v in ("does not hold", "undecided") if v in verdicts), "holds")
+    return answer, premise, lines
+
+
+# ---- as text -----------------------------------------------------------------------------------------------
+
+def show(test, value):
+    """A number of a test in the units of its claim."""
+    if test["metric"] in RATIOS:
+        return f"×{math.exp(value):.2f}"
+    return f"{100 * value:+.1f}" if test["metric"] in ACCURACIES else f"{value:.3f}"
+
+
+def interval(line):
+    """'+3.1 [+1.2, +5.0], above 1, n = 3' of a line."""
+    test, half = line["test"], t_quantile(line["df"]) * line["se"] if line["df"] else math.inf
+    low, high = (show(test, line["mean"] + x) if half < math.inf else "?" for x in (-half, half))
+    return f"{show(test, line['mean'])} [{low}, {high}], {bound_of(test)}, n = {line['n']}"
+
+
+def bound_of(test):
+    return f"above {test['above']:g}" if "above" in test else f"below {test['below']:g}"
+
+
+def what_of(test):
+    """'accuracy: a against b' of a test."""
+    what = f"{ACCURACIES.get(test['metric'], test['metric'].replace('_', ' '))}: {' + '.join(test['plus'])}"
+    rivals = test["minus"] + test.get("if_run", [])
+    return what + (f" against {' + '.join(rivals)}" if rivals else "")
+
+
+def claim_row(claim, answer, premise, lines):
+    """Cells of a claim in the table of all claims."""
+    return [claim["number"], claim["text"], answer,
+            "; ".join(interval(line) + ("" if line["decides"] else " (shown)") for line in lines)]
+
+
+def claim_text(claim, answer, premise, lines):
+    """One claim as text: its verdict, its premise, and every test with its number and interval."""
+    text = [f"* **Claim {claim['number']}: {claim['text']}: {answer}.** {claim.get('why', '')}".rstrip()]
+    for test, means, holds in premise:
+        found = ", ".join(show(test, mean) for mean in means) or "-"
+        state = "present" if holds else "absent" if means else "not run here"
+        text.append(f"  * premise, {what_of(test)} = {found}, {bound_of(test)}: {state}")
+    for line in lines:
+        extra = f" ({line['test']['extra']})" if "extra" in line["test"] else ""
+        shown = "" if line["decides"] else "; shown, does not decide"
+        text.append(f"  * {what_of(line['test'])}{extra} = {interval(line)} ({line['model']}): "
+                    f"{line['verdict']}{shown}")
     return "\n".join(text) + "\n"

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# One function per kind of command, shared by recipes, strategies and the first pretrained model. Sourced by
-# run_rounds.sh. Runs have short names below $dir, the folder of a seed; results go to $where/results.jsonl.
+# One function per kind of command, and jobs side by side, for recipes, strategies, the map and the first
+# pretrained model. Sourced by run_rounds.sh. Runs have short names below $dir, the folder of a seed; results
+# go to $where/results.jsonl.
 
 at() {                # at NAME...   the paths of policies by their short names
   local name
@@ -31,9 +32,9 @@ distil() {            # distil NAME START TEACHER DENOMINATOR ROLLOUTS FLAGS   a
 
 ONLINE_KEPT="10 25 40 50 60 70 100"   # steps whose weights stay, for all recipes: they share runs
 
-onpolicy() {          # onpolicy NAME START STEP...   one step on each fresh batch; STEPs are measured
+onpolicy() {          # onpolicy NAME START STEP...   each batch is used once; STEPs are measured
   local i out data policy previous='' number='' updates
-  updates=$(seq "$ONLINE_PART" "$ONLINE_PART" "${*: -1}")  # demonstration: one for five of the paper's steps
+  updates=$(seq "$ONLINE_PART" "$ONLINE_PART" "${*: -1}")  # demonstration: five steps share a batch
   if [ -n "${REHEARSE:-}" ]; then updates=${*:3}; fi
   policy=$(at "$2")
   for i in $updates; do
@@ -42,7 +43,7 @@ onpolicy() {          # onpolicy NAME START STEP...   one step on each fresh bat
       step "$data/rollouts.json" $PY rollout.py --model "$policy" --prompts "$prompts" --out "$data" \
         --seed "$((1000 * seed + i / ONLINE_PART))" $ONLINE $SMALLER_COLLECT
       step "$out/final" $PY teacher.py --model "$policy" --rollouts "$data" --out "$out" --seed "$seed" \
-        $GRPO $BATCH32 --steps 1 ${previous:+--optimizer-from "$previous"} $FLAGS
+        $GRPO $BATCH32 --steps "$ONLINE_PART" ${previous:+--optimizer-from "$previous"} $FLAGS
       if [ -n "$previous" ] && [ -z "${DRY_RUN:-}" ]; then  # the newest update holds what the next one needs
         rm -f "$previous/final/optimizer.pt"
         case " $ONLINE_KEPT " in *" $number "*) ;; *) rm -f "$previous"/final/*.safetensors ;; esac
@@ -72,7 +73,13 @@ kl_data() {           # the problems that KL is measured on: those of HMMT Feb 2
 
 measure() {           # measure CHECKPOINT...   accuracy on the table's benchmarks, and the KL
   score "${code_benchmarks:-$benchmarks}" "$SCORE $SMALLER_SCORE" $(at "$@")
-  if [ -n "$SCORE_KL" ]; then score "$(kl_data)" "$SCORE_KL $SMALLER_SCORE" $(at "$@"); fi
+  score "$(kl_data)" "$SCORE_KL $SMALLER_SCORE" $(at "$@")
+}
+
+whole() {             # whole RUN STEPS EVERY [EARLY]   its path: in the demonstration world 4, 8, 16, 32 ...
+  if [ -z "$REAL" ]; then doubling "$1" "$2"; return; fi
+  if [ -n "${4:-}" ]; then printf '%s/step-%04d ' "$1" "$4"; fi
+  path "${@:1:3}"
 }
 
 validate() {          # validate CHECKPOINT...   on validation prompts too, in the demonstration world
@@ -88,26 +95,43 @@ choose() {            # choose BENCHMARK FLAGS CHECKPOINT...   one of them, by t
 best() {              # best VARIABLE CHECKPOINT...   the most accurate; a dry run takes the first
   local chosen=$2
   if [ -z "${DRY_RUN:-}" ]; then
-    measure "${@:2}"
     validate "${@:2}"
+    measure $(best_of "${@:2}")
     chosen=$(choose "$(selection)" "" "${@:2}")
   fi
   printf -v "$1" %s "$chosen"
 }
 
+best_of() {           # best_of CHECKPOINT...   the one that RUN@best reads, by validation prompts; else all
+  if [ -n "$validation" ] && [ -z "${DRY_RUN:-}" ]; then choose validation "" "$@"; else echo "$@"; fi
+}
+
 half_kl() {           # half_kl VARIABLE RUN STEPS EVERY   its checkpoint with half the last one's KL
-  local chosen names by=validation
-  names=$(path "${@:2}")
-  if [ -n "${DRY_RUN:-}" ]; then
-    chosen=$(printf '%s/step-%04d' "$2" "$(($3 / 2))")  # the middle one
-  else
-    if [ -n "$SCORE_KL" ]; then by=kl; score "$(kl_data)" "$SCORE_KL $SMALLER_SCORE" $(at $names); fi
-    validate $names
-    chosen=$(choose "$by" "--nearest-kl 0.5" $names)
+  local chosen names
+  names=($(whole "${@:2}"))
+  chosen=${names[(${#names[@]} - 1) / 2]}               # a dry run takes the middle one
+  if [ -z "${DRY_RUN:-}" ]; then
+    score "$(kl_data)" "$SCORE_KL $SMALLER_SCORE" $(at "${names[@]}")
+    chosen=$(choose kl "--nearest-kl 0.5" "${names[@]}")
   fi
   printf -v "$1" %s "$chosen"
 }
 
 movement() {          # movement RUN...   what the tokens of a run did, into its run.json
   step "" $PY evaluate.py --movement $(at "$@")
+}
+
+# ---- jobs --------------------------------------------------------------------------------------------
+
+wanted() { [[ " $1 " = *" $2 "* ]]; }  # wanted LIST ITEM
+room() { while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done; }  # ends where a job has failed
+
+aside() {             # what follows in this subshell goes on beside others; its output to $dir.log
+  trap 'trap - EXIT; finish; exit 143' TERM
+  mkdir -p "$where"
+  if [ "$JOBS" -gt 1 ]; then          # log is global: the trap runs when locals are gone
+    log=$dir.log
+    trap '[ $? = 0 ] || { tail -n 5 "$log"; echo "run_rounds.sh: stopped, see $log"; } >&3' EXIT
+    exec >> "$log" 2>&1
+  fi
 }

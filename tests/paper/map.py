@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import markdown_table, write_report  # noqa: E402
-from runs import read_model, within  # noqa: E402
+from runs import reached, read_model, t_quantile  # noqa: E402
 
 BUDGETS = (0.005, 0.01, 0.02, math.inf)                     # nats per token; the last: wherever it is best
 KINDS = ("none", "sampled", "exact")
@@ -62,12 +62,9 @@ def paths_of(model_runs, seed, stage):
     return paths
 
 
-def reached(paths, kl):
-    """[2]: accuracy and pass@K of what one side reaches within a KL, picked on the other half of the problems."""
-    candidates = torch.stack(list(itertools.chain(*(within(path, kl) for path in paths.values()))))  # (M, 2, n)
-    halves = candidates[..., ::2], candidates[..., 1::2]
-    measured = [there[here[:, 0].mean(-1).argmax()].mean(-1) for here, there in (halves, halves[::-1])]
-    return sum(measured) / 2
+def reach(paths, kl):
+    """[2]: accuracy and pass@K of what one side reaches within a KL."""
+    return reached(paths.values(), kl).mean(-1)
 
 
 def read_cells(folder):
@@ -83,25 +80,13 @@ def read_cells(folder):
     return dict(sorted(cells.items(), key=lambda cell: (cell[0][0] != "small", cell[0][1])))
 
 
-def t_quantile(df, p=0.975):
-    """Quantile of Student's t by bisection of its distribution function, which torch.special has no name for."""
-    low, high = 0.0, 700.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        x = torch.linspace(0, middle, 4001, dtype=torch.float64)
-        density = torch.exp(torch.lgamma(torch.tensor((df + 1) / 2)) - torch.lgamma(torch.tensor(df / 2))
-                            - (df + 1) / 2 * torch.log1p(x * x / df)) / math.sqrt(df * math.pi)
-        low, high = (middle, high) if 0.5 + torch.trapezoid(density, x) < p else (low, middle)
-    return low
-
-
 def leads(cells):
     """{(size, prompts, KL): [seeds, 2]}, and per KL [2] the spread over seeds, pooled over cells, with its df."""
     found, pooled = {}, {}
     for kl in BUDGETS:
         squares, df = torch.zeros(2, dtype=torch.float64), 0
         for (size, prompts), seeds in cells.items():
-            values = torch.stack([reached(s["two"], kl) - reached(s["one"], kl) for s in seeds.values()])
+            values = torch.stack([reach(s["two"], kl) - reach(s["one"], kl) for s in seeds.values()])
             found[size, prompts, kl] = values
             squares += ((values - values.mean(0)) ** 2).sum(0)
             df += len(values) - 1
@@ -156,7 +141,7 @@ def tables(cells, found, pooled):
             best = []
             for sides in seeds.values():
                 paths = {name: path for name, path in sides[stage].items() if name.split("-")[1] == kind}
-                best.append(reached(paths, 0.01).tolist())
+                best.append(reach(paths, 0.01).tolist())
             accuracy, passes = (statistics.fmean(values) for values in zip(*best))
             line.append(f"{accuracy:.3f}, {passes:.3f}")
         arms.append(line)

@@ -1,40 +1,37 @@
 # Tables and figures. Hours: all their models on 8 GPUs, reckoned for 3B from Table 4 of the paper, which does
 # not name its hardware; without evaluation. Minutes: one seed on one core, demonstration world, in the order
-# of `all`, with the runs of earlier tables there already (yours: runs/tables/seconds.txt).
-#     table1   teacher losses with and without distillation              113 h  10 min
-#     table2   rounds with and without distillation                      142 h  16 min
-#     table3   on-policy GRPO from the base and from a student           100 h   5 min
-#     table4   score and time per stage                                   51 h   3 min
-#     table5   steps and KL weight of the distillation                    31 h   2 min
-#     table6   rounds with an entropy bonus in the distillation          100 h   4 min
-#     table7   which checkpoints make the weak-to-strong signal           32 h   5 min
-#     table8   ensembles of two teachers, unlearned starts                71 h   7 min
-#     table9   recovery of an unlearned policy by SFT or CE               45 h   6 min
-#     table10  weak to strong on models of other lengths                  82 h   6 min
-#     table11  weak to strong in rounds; unlearned policies for code     124 h   5 min
-#     table12  outliers of the signal on right responses                  36 h   1 min
-#     fig4     many steps on one batch                                    52 h   1 min
-#     fig5     dynamics of the MSE loss                                   13 h   1 min
-#     fig6     accuracy against KL                                        44 h   6 min
-#     fig7     the denominator: pi_old or the live student                19 h   1 min
-#     fig8     online and offline phases in turn                         128 h   8 min
-#     fig9     strength of the unlearning, and SFT after it               22 h   1 min
-#     fig10    outliers against a linear critic                           21 h   1 min
+# of `all` (three seeds: about 80 minutes on two cores; yours: runs/tables/seconds.txt).
+#     table1   teacher losses with and without distillation         113 h   8 min
+#     table2   rounds with and without distillation                 143 h   8 min
+#     table3   on-policy GRPO from the base and from a student      100 h   5 min
+#     table4   score and time per stage                              51 h   2 min
+#     table5   steps and KL weight of the distillation               31 h   1 min
+#     table6   rounds with an entropy bonus in the distillation     100 h   2 min
+#     table7   which checkpoints make the weak-to-strong signal      34 h   4 min
+#     table8   ensembles of two teachers, unlearned starts           75 h   4 min
+#     table9   recovery of an unlearned policy by SFT or CE          45 h   4 min
+#     table10  weak to strong on models of other lengths             82 h   2 min
+#     table11  weak to strong in rounds; unlearned policies for code  124 h   2 min
+#     table12  outliers of the signal on right responses             36 h   1 min
+#     fig4     many steps on one batch                               52 h   1 min
+#     fig5     dynamics of the MSE loss                              13 h   1 min
+#     fig6     accuracy against KL                                   52 h   6 min
+#     fig7     the denominator: pi_old or the live student           19 h   1 min
+#     fig8     online and offline phases in turn                    128 h   5 min
+#     fig9     strength of the unlearning, and SFT after it          22 h   1 min
+#     fig10    outliers against a linear critic                      21 h   1 min
 # On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS and NPROC, such as
 #     MODEL=Qwen/Qwen3-4B-Thinking-2507 PROMPTS=POLARIS-Project/Polaris-Dataset-53K NPROC=8
 #       BENCHMARKS="hmmt_feb25=MathArena/hmmt_feb_2025:32 mine=problems.csv:16" ./run_rounds.sh table1
-# The paper's prompts and seven benchmarks are the default (their names: tests/paper/settings.sh).
-# A table measures those of the seven that the paper's columns show; other names are yours and measured too.
+# Default: the paper's prompts, and of its seven benchmarks (settings.sh) those of a table's columns.
 # JUDGE_URL and JUDGE_MODEL add a judge. LENGTH=20000: tokens of a response, for what a rehearsal reckons.
 
 # shellcheck shell=bash
 # A recipe holds the commands for one model and one seed; `tables` loops over both. Sourced by run_rounds.sh.
 # Runs live in TABLES/runs/MODEL/seedN and are shared: a command whose output is there is skipped, so every
 # recipe names all that it needs. Sizes and models: settings.sh; the functions a recipe calls: commands.sh.
-#
-# The comment behind a command holds the paper's numbers for its result; "# ours:" names what the paper does
-# not give. Ours everywhere: the batch of each teacher (32 prompts, one of the three of Sec. 4.1), the last
-# checkpoint of a teacher as the one that is distilled, and how often checkpoints are saved.
+# A comment behind a command holds the paper's numbers for its result; "ours" names what it does not give.
+# Ours everywhere: a teacher's batch (32 prompts), its last checkpoint as the one that is distilled, saving.
 ALL=$(echo table{1..12} fig{4..10})
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -50,9 +47,9 @@ table1() {            # losses x distillation: averages for Qwen3-4B and NBG4-3B
   distil ce-student base ce/final old rollouts $STUDENT               # 73.3, 77.7
   teach mse base rollouts $MSE_70                                     # 36.4, 37.1
   distil mse-min0 base mse/final mse/step-0010 rollouts $WEAK --positive-signal min0  # 71.1, 74.9
-  measure $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20) mse/step-0010 \
-    mse/final {grpo,sapo,ce}-student/final mse-min0/final
-  validate $(path ppo 100 50) $(path grpo 100 50) $(path sapo 120 20) $(path ce 100 20)
+  validate $(whole ppo 100 50) $(whole grpo 100 20) $(whole sapo 120 20) $(whole ce 100 20) mse/final
+  measure $(best_of $(whole ppo 100 50)) $(best_of $(whole grpo 100 20)) grpo/final $(whole sapo 120 20) \
+    $(whole ce 100 20) mse/step-0010 mse/final {grpo,sapo,ce}-student/final mse-min0/final
 }
 
 batches() {           # batches 1 to 4 of Table 2
@@ -73,8 +70,9 @@ batches() {           # batches 1 to 4 of Table 2
 }
 
 table2() {            # rounds with and without distillation: average of three benchmarks, KL to base
-  local n half start=batch4/student/final
+  local n half start=batch4/student/final control=ce
   batches                                                             # base: 67.9
+  distil batch4/student-1 batch3/student/final batch4/ce/final old batch4/rollouts $STUDENT_10  # ours
   for n in 5 6; do                    # strategy 2: weak to strong; the CE teacher for comparison
     collect batch$n/rollouts $start $n
     teach batch$n/ce $start batch$n/rollouts $CE_100                  # 79.4 at 0.066, 80.2 at 0.077
@@ -83,12 +81,13 @@ table2() {            # rounds with and without distillation: average of three b
       $DISTIL_WEAK $BATCH64 --steps 10                                # 79.9, 80.6
     start=batch$n/student/final
   done
-  collect a2/rollouts ce/final 2      # (a) goes on from the last teacher, (b) from an earlier checkpoint
-  teach a2/ce ce/final a2/rollouts $CE_100                            # (a) 73.8, 74.0
-  half_kl half ce 100 10              # the paper's (b) has KL 0.022, (a) 0.041
+  if [ -n "$SAME_KL" ]; then control=ce-same; teach ce-same base rollouts $CE_100 $SAME_KL; fi
+  collect a2/rollouts $control/final 2  # (a) goes on from the last teacher, (b) from an earlier checkpoint
+  teach a2/ce $control/final a2/rollouts $CE_100 $SAME_KL             # (a) 73.8, 74.0
+  half_kl half $control 100 10        # the paper's (b) has KL 0.022, (a) 0.041
   collect b2/rollouts $half 2
-  teach b2/ce $half b2/rollouts $CE_100                               # (b) 70.6, 68.4
-  measure batch{5,6}/ce/final batch{5,6}/student/final $half a2/ce/final b2/ce/final
+  teach b2/ce $half b2/rollouts $CE_100 $SAME_KL                      # (b) 70.6, 68.4
+  measure batch4/student-1/final batch{5,6}/{ce,student}/final $control/final $half {a2,b2}/ce/final
 }
 
 table3() {            # on-policy GRPO from the base and from batch 4's student, HMMT Feb 25
@@ -143,17 +142,18 @@ table7() {            # which steps of the MSE run make the signal: HMMT Feb 25
   distil signal-10-none base mse/step-0010 none rollouts $WEAK        # 56.3
   distil signal-none-50 base none mse/step-0050 rollouts $WEAK        # 59.3
   distil signal-70-old base mse/final old rollouts $WEAK              # Sec. 3.4: no improvement
-  measure signal-70-{10,20,30,old}/final signal-{60,50,40}-10/final signal-old-50/final \
-    signal-10-{old,none}/final signal-none-50/final
+  distil signal-old-none base old none rollouts $WEAK                 # ours: sharpening alone
+  measure signal-70-{10,20,30,old}/final signal-{60,50,40}-10/final signal-{old,none}-50/final \
+    signal-10-{old,none}/final signal-old-none/final
 }
 
 table8() {            # ensembles: an old-start teacher, then an unlearned-start one
   # ours: the old-start teacher first; 16 steps of 64 or 32 of 32; each 16 or 32 steps by validation
-  local strong weak ensemble="$DISTIL_WEAK $BATCH32 --steps 32 --save-every 16"
+  local strong weak ensemble="$DISTIL_WEAK $BATCH32 --steps 32 --save-every 16" run chosen=''
   collect rollouts base 1                                             # HMMT Feb 25, base: 56.0
   teach mse base rollouts $MSE_70
   teach ce base rollouts $CE_100
-  teach ce-5e2 base rollouts $CE $BETA_5E2 $BATCH32 --steps 100
+  teach ce-5e2 base rollouts $CE_5E2
   teach unlearned-ce-1e3 mse/step-0010 rollouts $CE $BETA_1E3 --ref start $BATCH32 --steps 100
   teach unlearned-ce-1e2 mse/step-0010 rollouts $CE $BETA_1E2 --ref start $BATCH32 --steps 100
   distil mse-min0 base mse/final mse/step-0010 rollouts $WEAK --positive-signal min0  # MSE alone: 62.7
@@ -166,8 +166,12 @@ table8() {            # ensembles: an old-start teacher, then an unlearned-start
   distil ensemble-1e3-1e3 $weak unlearned-ce-1e3/final mse/step-0010 rollouts $ensemble  # 66.5
   distil ensemble-1e2-5e2 $strong unlearned-ce-1e2/final mse/step-0010 rollouts $ensemble  # 66.8
   distil ensemble-1e3-5e2 $strong unlearned-ce-1e3/final mse/step-0010 rollouts $ensemble  # 69.0
-  measure mse-min0/final ce-student/final ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2}/{step-0016,final}
-  validate ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2}/{step-0016,final}
+  distil unlearned-ce-1e3-student base unlearned-ce-1e3/final mse/step-0010 rollouts $ensemble  # ours: alone
+  for run in ensemble-{mse-5e2,1e3-1e3,1e2-5e2,1e3-5e2} unlearned-ce-1e3-student; do
+    validate $run/{step-0016,final}
+    chosen="$chosen $(best_of $run/{step-0016,final})"
+  done
+  measure mse-min0/final ce-student/final $chosen
 }
 
 unlearned() {         # three policies after ten MSE steps of different strength
@@ -175,6 +179,7 @@ unlearned() {         # three policies after ten MSE steps of different strength
   teach unlearned-a base rollouts $UNLEARN_A $BATCH32 --steps 10
   teach unlearned-b base rollouts $UNLEARN_B $BATCH32 --steps 10
   teach unlearned-c base rollouts $UNLEARN_C $BATCH32 --steps 10
+  validate unlearned-{a,c}/final
 }
 
 table9() {            # recovery by SFT or CE: students on HMMT Feb 25 and Nov 25
@@ -195,6 +200,7 @@ table10() {           # MSE + distillation on five models: HMMT Feb 25 and AIME2
   distil mse-min0 base mse/final mse/step-0010 rollouts $WEAK --positive-signal min0  # 44.3 18.0K
   distil signal-70-10 base mse/final mse/step-0010 rollouts $WEAK     # NBG4-3B: 67.6 23.3K
   measure mse/final mse-min0/final signal-70-10/final
+  validate mse/final
 }
 
 table11() {           # Qwen3.5: three batches of MSE + distillation on math; code, three unlearned policies
@@ -256,8 +262,8 @@ fig4() {              # accuracy over steps on one batch: SAPO (NBG4-3B), CE (Qw
   teach sapo-4 base rollouts $SAPO $BATCH32 --steps 4                 # what common practice stops at
   teach ce base rollouts $CE_100
   teach ce-4 base rollouts $CE $BETA_1E3 $BATCH32 --steps 4
-  measure {sapo,ce}-4/final $(path sapo 120 20) $(path ce 100 20)
-  validate $(path sapo 120 20) $(path ce 100 20)
+  measure {sapo,ce}-4/final $(whole sapo 120 20) $(whole ce 100 20)
+  validate $(whole sapo 120 20) $(whole ce 100 20)
 }
 
 fig5() {              # MSE: unlearning, then recovery; explained variance
@@ -266,17 +272,20 @@ fig5() {              # MSE: unlearning, then recovery; explained variance
   measure $(path mse 70 10)
 }
 
-fig6() {              # accuracy against KL: CE at two betas and with KL terms, students of the first two
+fig6() {              # accuracy against KL: CE at three betas and with KL terms, students of the first two
+  local run runs="ce ce-1e2 ce-5e2 ce-kl ce-kl-5" paths=''
   collect rollouts base 1
   teach ce base rollouts $CE_100
   teach ce-1e2 base rollouts $CE_1E2                                  # 61.0
-  teach ce-kl base rollouts $CE $BETA_1E3 $STAGE1_KL $BATCH32 --steps 100  # "no significant improvement"
-  teach ce-kl-5 base rollouts $CE $BETA_1E3 $STAGE1_KL_5 $BATCH32 --steps 100  # ours: KL of a student
+  teach ce-5e2 base rollouts $CE_5E2                                  # ours: Table 8's
+  teach ce-kl base rollouts $CE_100 $STAGE1_KL                        # "no significant improvement"
+  teach ce-kl-5 base rollouts $CE_100 $STAGE1_KL_5                    # ours: KL of a student
+  if [ -n "$EXACT" ]; then runs="$runs ce-kl-exact"; teach ce-kl-exact base rollouts $CE_100 $EXACT; fi
   distil ce-student base ce/final old rollouts $STUDENT
   distil ce-1e2-student base ce-1e2/final old rollouts $STUDENT       # 65.1 after 10 steps, 63.8 after 16
-  measure $(path ce 100 20) $(path ce-1e2 100 20) ce-kl/step-0010 $(path ce-kl 100 20) \
-    ce-kl-5/step-0010 $(path ce-kl-5 100 20) {ce,ce-1e2}-student/{step-0010,final}
-  validate $(path ce 100 20) $(path ce-kl 100 20)
+  for run in $runs; do paths="$paths $(whole $run 100 20 10)"; done
+  measure $paths {ce,ce-1e2}-student/{step-0010,final}
+  validate $paths
 }
 
 fig7() {              # pi_old or the live student as denominator
@@ -298,6 +307,7 @@ fig8() {              # ours: which phase starts where, and the lengths of the o
   offline offline4 online2/update050/final 4
   onpolicy online base 100
   measure sapo-student/final offline{2,3,4}/student/final
+  validate sapo-student/final offline2/student/final
 }
 
 offline() {           # offline NAME START NUMBER   one round of SAPO + distillation
@@ -323,11 +333,9 @@ fig10() {             # outliers: probabilities of the MSE policy against a line
 
 # ---- models, seeds, jobs -----------------------------------------------------------------------------
 
-wanted() { [[ " $1 " = *" $2 "* ]]; }  # wanted LIST ITEM
-room() { while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done; }  # ends where a job has failed
-
 tables() {            # tables NAME...   their models and seeds, JOBS at a time, then one report
-  local list='' name model short seed base where out=$TABLES/$1 title="demonstration world" worlds=''
+  local list='' name model short seed base where out=$TABLES/$1 worlds=''
+  local title=${REAL:+${MODEL:-${MODELS:-models of the paper}}}
   list=$(for name in "$@"; do models "$name"; done | tr ' ' '\n' | awk '!seen[$0]++')
   if [ -z "$REAL" ]; then list=$(sort <<< "$list"); fi                # long, short, toy: the longest begin
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi             # two jobs of one thread beat one of two
@@ -350,22 +358,11 @@ tables() {            # tables NAME...   their models and seeds, JOBS at a time,
   done
   while [ -n "$(jobs -p)" ]; do wait -n; done
   if [ "$#" -gt 1 ]; then out=$TABLES/all; fi
-  if [ -n "$REAL" ]; then title=${MODEL:-${MODELS:-models of the paper}}; fi
   step "" python evaluate.py --report "$out" --tables "$@" --runs "$TABLES/runs" --models $worlds \
-    --title "$title"
+    --title "${title:-demonstration world}"
   if [ -n "${REHEARSE:-}" ] && [ -z "${DRY_RUN:-}" ]; then                      # what it took, and would cost
     DRY_RUN=1 REHEARSE='' PROMPTS=$prompts TABLES=$TABLES ./run_rounds.sh "$command" |
       python tests/paper/cost.py "$TABLES" --length "${LENGTH:-20000}"
-  fi
-}
-
-aside() {             # what follows in this subshell goes on beside others; its output to $dir.log
-  trap 'trap - EXIT; finish; exit 143' TERM
-  mkdir -p "$where"
-  if [ "$JOBS" -gt 1 ]; then          # log is global: the trap runs when locals are gone
-    log=$dir.log
-    trap '[ $? = 0 ] || { tail -n 5 "$log"; echo "run_rounds.sh: stopped, see $log"; } >&3' EXIT
-    exec >> "$log" 2>&1
   fi
 }
 

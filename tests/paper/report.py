@@ -15,10 +15,11 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from claims import DRAWS, claim_text, decide
+from claims import NOISE, RULE, claim_row, claim_text, decide, noise_lines, pool
 from reads import PAPER, SPECS
 from rollout import InputError, write_atomic
-from runs import TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model, within
+from runs import (TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model,
+                  within)
 
 DIGITS = {"kl": 4, "hours": 4, "length": 1}
 COLUMNS = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)",
@@ -43,22 +44,23 @@ def markdown_table(header, lines):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def cell(values, digits=3):
-    """'mean ± standard error over seeds' as table text."""
+def cell(values, digits=3, count=False):
+    """'mean ± standard error over seeds' as table text, with their number if it is asked for."""
     if not values:
         return "-"
     mean, se = mean_se(values)
-    return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+    text = f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+    return text + (f" ({len(values)})" if count else "")
 
 
-def cells(model_runs, name, columns):
+def cells(model_runs, name, columns, count=False):
     """The cells of one checkpoint; columns: (metric, benchmarks, key of the accuracy)."""
     texts = []
     for metric, over, key in columns:
         values = over_seeds(model_runs, metric, name, over, key=key)
         if metric == "sampling" and values:                 # of the mean over seeds
             values = [math.hypot(*values) / len(values)]
-        texts.append(cell(values, DIGITS.get(metric.partition("@")[0], 3)))
+        texts.append(cell(values, DIGITS.get(metric.partition("@")[0], 3), count and name != "base"))
     return texts
 
 
@@ -107,7 +109,8 @@ def paper_table(name, models):
         ours, theirs = our_columns(name, model_runs), paper_columns(name, model_runs)
         lines, measured_any = [], False
         for label, row, *given in SPECS[name]["rows"]:
-            mine, given = cells(model_runs, row, [column[1:] for column in ours]), given[0] if given else {}
+            mine = cells(model_runs, row, [column[1:] for column in ours], count=True)
+            given = given[0] if given else {}
             measured_any |= row != "base" and set(mine) != {"-"}
             paper = [given[model][i] if i < len(given.get(model, [])) else "" for _, model, i in theirs]
             lines.append([label, *mine, *paper])
@@ -115,21 +118,6 @@ def paper_table(name, models):
             header = ["", *(header for header, *_ in ours + theirs)]
             text.append(f"{model_runs['name']}:\n\n" + markdown_table(header, lines))
     return ["\n".join(text)]
-
-
-def noise_lines(model_runs):
-    """How much data a model's numbers rest on, and its standard errors: a line per benchmark."""
-    lines = []
-    for b in model_runs["scored"]:
-        paths = [[run["rows"].get(b) for run in by_seed.values()] for by_seed in model_runs["runs"].values()]
-        last = [[path[max(path)] for path in by_seed if path] for by_seed in paths]
-        sampling = [row["se"] for rows in last for row in rows]
-        over = [mean_se(row["avg_at_k"] for row in rows)[1] for rows in last if len(rows) > 1]
-        base = model_runs["base"][b]
-        medians = [f"{statistics.median(errors):.4f}" if errors else "-" for errors in (sampling, over)]
-        lines.append([model_runs["name"], model_runs["rollouts"], b, f"{base['n_problems']} x {base['k']}",
-                      len(model_runs["seeds"]), *medians])
-    return lines
 
 
 def settings_table(models):
@@ -315,18 +303,11 @@ def write_report(folder, text, shown):
 HOW_TO_READ = f"""
 Columns that start with *paper* and captions that say so hold the paper's numbers, of its own models and
 benchmarks: compare order and direction, not values. Everything else was measured here; ± is the standard
-error over seeds. KL is the reverse KL to the base, on the policy's own samples.
-
-A claim **holds** where each of its tests lies above 0 with its whole 95 % interval, **does not hold** where
-one lies below 0 with all of it, and is **undecided** otherwise: {DRAWS} bootstrap draws of seeds and
-problems. KL, entropy, length, time and probabilities vary over seeds only; two or three seeds make a rough
-interval. `RUN@best` is the checkpoint that is best on the selection benchmark, `validation` on the
-demonstration world and `{PAPER['selection']}` elsewhere (Sec. 4.1). A benchmark that a checkpoint was not
-measured on is -, and so is the mean. Probabilities, entropy on the rollouts and explained variance are means
-of 5 steps.
+error over seeds, their number in brackets. KL is the reverse KL to the base, on the policy's own samples.
+`RUN@best` is the checkpoint that is best on the selection benchmark, `validation` on the demonstration world
+and `{PAPER['selection']}` elsewhere (Sec. 4.1). A benchmark that a checkpoint was not measured on is -, and
+so is the mean. Probabilities, entropy on the rollouts and explained variance are means of 5 steps.
 """
-NOISE = ["model", "prompts x responses", "benchmark", "problems x samples", "seeds",
-         "AVG@K of a checkpoint: s.e. from sampling", "s.e. over seeds (median)"]
 
 
 def report_tables(folder, names, runs, title="", models=None):
@@ -341,20 +322,17 @@ def report_tables(folder, names, runs, title="", models=None):
         raise InputError(f"{runs} has no MODEL/results.jsonl with a row of its base: ./run_rounds.sh help")
     if unknown := set(names) - set(SPECS):
         raise InputError(f"--tables {' '.join(unknown)}: the paper has {' '.join(SPECS)}")
-    claims = [claim for claim in PAPER["claims"] if set(claim["where"]) & set(names)]
-    claims, summary = [(claim, *decide(claim, models)) for claim in claims], []
-    for claim, answer, lines in claims:
-        numbers = "; ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for *_, mean, low, high in lines)
-        summary.append([claim["number"], claim["text"], answer, numbers])
-    noise = [line for model_runs in models for line in noise_lines(model_runs)]
+    pools, noise = pool(models), [line for model_runs in models for line in noise_lines(model_runs)]
+    claims = [(claim, *decide(claim, models, pools)) for claim in PAPER["claims"]
+              if set(claim["where"]) & set(names)]
     rehearsed = ", ".join(model_runs["name"] for model_runs in models if model_runs["rehearsal"])
     text = [f"# Tables and figures of arXiv 2605.25582{title and f' ({title})'}", HOW_TO_READ,
-            markdown_table(NOISE, noise), "## Claims\n",
-            markdown_table(["claim", "", "verdict", "decided by"], summary)]
+            markdown_table(NOISE, noise), "## Claims\n", RULE,
+            markdown_table(["claim", "", "verdict", "decided by"], [claim_row(*claim) for claim in claims])]
     if rehearsed:
         text.insert(0, f"**REHEARSAL of {rehearsed}: a few prompts, tokens and steps, with made-up rewards. "
                        "Its numbers mean nothing.**\n")
-    shown = text[-2:]
+    shown = text[-3:]
     for name in names:
         spec, kind = SPECS[name], "Table" if name in PAPER["tables"] else "Figure"
         text += [f"## {kind} {re.sub('[a-z]+', '', name)}. {spec['title']}\n", f"Paper: {spec['paper']}.\n"]
@@ -415,8 +393,8 @@ def findings(model_runs, over):
         for what, labels in rivals.items():
             if leads := lead_at_equal_kl(model_runs, f"round{n}/student@measured", labels, over):
                 accuracy, passes = zip(*(lead.tolist() for lead in leads))
-                lines.append(f"* Round {n}, within the student's KL: the student is {points(accuracy)} points "
-                             f"of accuracy from {what}, {points(passes)} of pass@{k}: "
+                lines.append(f"* Round {n}, within the student's KL: the student is {points(accuracy)} "
+                             f"points of accuracy from {what}, {points(passes)} of pass@{k}: "
                              f"{winner(accuracy)} ({len(leads)} seed{'s' * (len(leads) > 1)}).")
     whole = {f"{name}{n}/{stage}@measured": what for n in rounds[-1:] for name, stage, what in (
         ("round", "student", f"After {n} round{'s' * (n > 1)} the student"),

@@ -6,6 +6,7 @@ read_model returns. A checkpoint is named as in paper.json: RUN (its last step),
 selection benchmark, RUN@start (what it was trained from), RUN@measured (the last one with a row), or base.
 `over`: the benchmarks whose mean is the accuracy.
 """
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ from reads import PAPER, benchmarks_of
 from rollout import input_errors, read_json
 
 ROW_FIELDS = {"kl": "kl", "entropy": "entropy", "length": "mean_length", "pass": "pass_at_k"}
+PAPER_STEP = {"teacher.py": 300, "distill.py": 400}                                 # seconds (Table 4)
+PAPER_ROLLOUTS, PAPER_ONLINE = 7 * 3600, 800 + 300      # a batch of 1,000 x 16; a step with its own rollouts
 TRAINING = ("prob_pos", "prob_neg", "explained_variance", "train_entropy")          # of metrics.jsonl
 
 
@@ -32,7 +35,6 @@ def read_lines(path):
 
 def read_runs(folder, rows):
     """{label: {seed: run}}, a run = dict(info, metrics, rows: {benchmark: {step: row}}).
-
 
     The label is the run's path below seedN. On-policy, every step is a run of its own, updateN: together they
     are one.
@@ -121,28 +123,35 @@ def checkpoint(model_runs, seed, name):
     return run, step, {b: path[step] for b, path in run["rows"].items() if step in path}
 
 
-def accuracy(rows, over, drawn=None, key="avg_at_k"):
+def accuracy(rows, over, each=False, key="avg_at_k"):
     """AVG@K, the mean over the benchmarks `over`; None if one was not measured.
 
-    key: avg_at_k_judge where the paper used a judge. drawn: {benchmark: weights of its
-    problems [D, n]}, for one value per draw [D].
+    key: avg_at_k_judge where the paper used a judge. each: problem by problem [N], with that mean.
     """
     if not over or any(b not in rows for b in over):
         return None
-    if drawn is None:
+    if not each:
         return statistics.fmean(rows[b][key] for b in over)
     scores = [torch.tensor(rows[b]["correct_per_problem"], dtype=torch.float64) / rows[b]["k"] for b in over]
-    return sum(drawn[b] @ score for b, score in zip(over, scores)) / len(over)
+    mean_size = sum(map(len, scores)) / len(scores)         # benchmarks count the same, whatever their size
+    return torch.cat([score * (mean_size / len(score)) for score in scores])
 
 
-def seconds_until(model_runs, seed, label, step):
-    """Seconds that a checkpoint took: rollouts, teacher, own steps; without evaluation and start-up."""
+def seconds_until(model_runs, seed, label, step, paper=False):
+    """Seconds that a checkpoint took: rollouts, teacher, own steps; without evaluation and start-up.
+
+    paper: at the costs of its Table 4, on its hardware, in place of this machine's.
+    """
     run = model_runs["runs"][label][seed]
-    own, args = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step), run["info"]["args"]
+    args, sets = run["info"]["args"], rf"seed{seed}/{re.escape(label)}/rollouts(\d+)"
+    own = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step)
+    if paper:
+        own = step * (PAPER_STEP[run["info"]["script"]] if not label.startswith("online") else PAPER_ONLINE)
     teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", args.get("teacher", ""))
     if teacher and (source := model_runs["runs"].get(teacher[1], {}).get(seed)):
-        return own + seconds_until(model_runs, seed, teacher[1], source["metrics"][-1]["step"])
-    sets = rf"seed{seed}/{re.escape(label)}/rollouts(\d+)"
+        return own + seconds_until(model_runs, seed, teacher[1], source["metrics"][-1]["step"], paper)
+    if paper:
+        return own + (0 if label.startswith("online") else PAPER_ROLLOUTS)
     online = {int(found[1]): seconds for path, seconds in model_runs["seconds"].items()
               if (found := re.fullmatch(sets, path))}
     if online:                                              # one set per step
@@ -151,14 +160,14 @@ def seconds_until(model_runs, seed, label, step):
     return own + model_runs["seconds"].get(first and first[1], 0.0)
 
 
-def moved_ratio(moved, low, high):
-    """How far the student moved the tokens that its teacher moved by low to high nats, as a share of that."""
-    bins = [bin for bin in zip(moved["count"], moved["teacher"], moved["student"]) if low <= bin[1] < high]
+def moved_ratio(moved, least=0.0):
+    """How far the student moved the tokens that its teacher moved by `least` nats, as a share of that."""
+    bins = [bin for bin in zip(moved["count"], moved["teacher"], moved["student"]) if bin[1] >= least]
     return sum(n * s for n, _, s in bins) / sum(n * t for n, t, _ in bins) if bins else math.nan
 
 
-def number(model_runs, seed, metric, name, over, drawn=None, key="avg_at_k"):
-    """One number of one checkpoint; None where it was not measured. Only accuracies depend on `drawn`.
+def number(model_runs, seed, metric, name, over, each=False, key="avg_at_k"):
+    """One number of one checkpoint; None where it was not measured. each: accuracies problem by problem.
 
     METRIC@BENCHMARK is read on that benchmark, on the model's own where it has only those.
     """
@@ -168,7 +177,7 @@ def number(model_runs, seed, metric, name, over, drawn=None, key="avg_at_k"):
     run, step, rows = found
     (metric, _, on), own = metric.partition("@"), model_runs["own"]
     if metric == "accuracy":
-        return accuracy(rows, over, drawn, key)
+        return accuracy(rows, over, each, key)
     if metric == "sampling":                                # its standard error from drawing K responses
         return math.hypot(*(rows[b]["se"] for b in over)) / len(over) if set(over) <= set(rows) else None
     if metric in ROW_FIELDS:
@@ -176,24 +185,21 @@ def number(model_runs, seed, metric, name, over, drawn=None, key="avg_at_k"):
         on = model_runs["kl"] if metric == "kl" else on
         return rows[on][ROW_FIELDS[metric]] if on in rows else None
     if run is None:                                         # the rest are numbers of runs
-        return None
+        return 0.0 if metric == "paper_hours" else None
     moved = run["info"].get("movement", {})                 # evaluate.py --movement
     if metric == "separation":
         return next((right - wrong for saved, right, wrong in moved.get("path", []) if saved == step), None)
-    if metric in ("far_ratio", "far_over_near"):        # of tokens moved by >= 1 nat, and by < 0.1
-        near = moved_ratio(moved, 0, 0.1) if moved and metric == "far_over_near" else 0
-        return moved_ratio(moved, 1, math.inf) - near if moved else None
+    if metric in ("moved", "far_moved", "far_focus"):   # far: of the tokens that the teacher moved by 1 nat
+        whole, far = (moved_ratio(moved, least) for least in (0, 1)) if moved else (None, None)
+        return far / whole if moved and metric == "far_focus" else whole if metric == "moved" else far
     if metric in TRAINING:                                  # means of 5 steps: less noise
         values = [m[metric.removeprefix("train_")] for m in run["metrics"] if step - 5 < m["step"] <= step]
         return statistics.fmean(values) if values and None not in values else None
-    total = seconds_until(model_runs, seed, name.partition("@")[0], step)
-    if metric == "hours":
+    total = seconds_until(model_runs, seed, name.partition("@")[0], step, metric == "paper_hours")
+    if metric in ("hours", "paper_hours"):
         return total / 3600
-    if metric == "rest_of_time":
-        return 1 - sum(m["seconds"] for m in run["metrics"] if m["step"] <= step) / total
-    if metric == "gain_per_hour":
-        mine = accuracy(rows, over, drawn)
-        return None if mine is None else (mine - accuracy(model_runs["base"], over, drawn)) * 3600 / total
+    if metric == "share_of_time":
+        return sum(m["seconds"] for m in run["metrics"] if m["step"] <= step) / total
     raise ValueError(f"paper.json asks for '{metric}', which report.py does not know")
 
 
@@ -216,10 +222,35 @@ def within(path, kl):
     return reached
 
 
+def reached(paths, limit):
+    """What the best of several paths [(x, scores [M, n])] reaches within a limit of x, per problem [M, n].
+
+    One half of the problems picks the point by the first of the M numbers, the other half measures it, both
+    ways: nobody gains from picking among many.
+    """
+    points = torch.stack(list(itertools.chain(*(within(path, limit) for path in paths))))   # (points, M, n)
+    best = torch.empty_like(points[0])
+    for half in (0, 1):
+        picked = points[:, 0, half::2].mean(-1).argmax()
+        best[:, 1 - half::2] = points[picked, :, 1 - half::2]
+    return best
+
+
+@functools.cache
+def t_quantile(df, p=0.975):
+    """Quantile of Student's t by bisection of its distribution function, which torch.special lacks."""
+    low, high = 0.0, 700.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        x = torch.linspace(0, middle, 4001, dtype=torch.float64)
+        density = torch.exp(torch.lgamma(torch.tensor((df + 1) / 2)) - torch.lgamma(torch.tensor(df / 2))
+                            - (df + 1) / 2 * torch.log1p(x * x / df)) / math.sqrt(df * math.pi)
+        low, high = (middle, high) if 0.5 + torch.trapezoid(density, x) < p else (low, middle)
+    return low
+
+
 def mean_se(values):
     """(mean, standard error over seeds, None for one seed)."""
     values = list(values)
     se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), se
-
-

@@ -10,7 +10,8 @@ SETS=${BENCHMARKS:-aime24=HuggingFaceH4/aime_2024:32 aime25=MathArena/aime_2025:
   hmmt_feb26=MathArena/hmmt_feb_2026:32 beyond_aime=ByteDance-Seed/BeyondAIME:16 imo=answerbench_v2.csv:4}
 CODE_SETS=${CODE_BENCHMARKS:-livecodebench=test6.jsonl:32}  # of livecodebench/code_generation_lite
 KL_SAMPLES=4  # ours: 4 samples of each problem that KL is measured on
-JOBS=${JOBS:-${REAL:+1}} JOBS=${JOBS:-$(nproc)}         # seeds at the same time, with one thread each
+# Seeds at the same time, of one thread each: one more than cores, so that three on two cores end together.
+JOBS=${JOBS:-${REAL:+1}} JOBS=${JOBS:-$(($(nproc) + 1))}
 benchmarks='' code_benchmarks='' validation=''
 SMALLER_COLLECT='' SMALLER_TEACH='' SMALLER_DISTIL='' SMALLER_SCORE=''
 
@@ -25,7 +26,7 @@ rehearsal() {         # sizes of a rehearsal, behind those of the recipe: the la
 }
 
 demonstration() {     # demonstration WORLD   toy, or one of shorter or longer chains for other models
-  local toy=$TOY
+  local toy=${TOY:---base tests/base}
   case $1 in
     toy) base=$OUT/base ;;
     short) base=$TABLES/worlds/short/base toy="$TOY --min-ops 2 --max-ops 3" ;;
@@ -34,20 +35,23 @@ demonstration() {     # demonstration WORLD   toy, or one of shorter or longer c
   step "$base" python tests/toy.py --out "${base%/base}" $toy
   prompts=${base%/base}/prompts/train.jsonl
   validation="validation=${base%/base}/prompts/validation.jsonl:2"
-  SETS="test=${base%/base}/prompts/test.jsonl:${K_TABLES:-8}"
-  # Half the paper's prompts, responses and batches: an epoch has its 32 or 16 steps. By validation prompts.
-  COLLECT="--num-prompts ${PROMPTS_TABLES:-500} $SAMPLE" ONLINE="--num-prompts 16 $SAMPLE" ONLINE_PART=5
-  FLAGS=$TRAIN SCORE="$MEASURE --shard-prompts 200" SCORE_KL=''
-  BATCH32="--batch-prompts 16" BATCH64="--batch-prompts 32"
-  CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 1" BETA_5E2="--beta 2"
-  STAGE1_KL="--kl-coef 3 --kl-kind exact" STAGE1_KL_5="--kl-coef 10 --kl-kind exact"
+  SETS="test=${base%/base}/prompts/test.jsonl:${K_TABLES:-4}"
+  # A tenth of the paper's prompts, a quarter of its batches: an epoch has 13 or 7 steps. Learning rates start
+  # from those of the default run. beta x length is the paper's: 0.5 at 41 tokens is 0.001 at 20,000.
+  COLLECT="--num-prompts ${PROMPTS_TABLES:-100} $SAMPLE" ONLINE="--num-prompts 40 $SAMPLE" ONLINE_PART=5
+  FLAGS=$TRAIN DENSE="--save-every 4"
+  SCORE="$MEASURE --top-p 0.95" SCORE_KL="$MEASURE --top-p 1" KL_SAMPLES=1  # top-p below 1 would bias it
+  BATCH32="--batch-prompts 8" BATCH64="--batch-prompts 16"
+  CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 5" BETA_5E2="--beta 25"
+  STAGE1_KL="--kl-coef 2" STAGE1_KL_5="--kl-coef 10" EXACT="--kl-coef 10 --kl-kind exact"
   SAPO="--loss sapo --lr 1e-4" GRPO="--loss grpo --lr 3e-4" SFT="--loss sft --lr 3e-4"
   PPO="--loss ppo --lr 2e-4 --value-steps 100 --value-lr 1e-3"
   MSE="--loss mse --lr 5e-4" UNLEARN_5E6="--loss mse --lr 1e-3" UNLEARN_1E5="--loss mse --lr 2e-3"
-  UNLEARN_A="$MSE --negative-weight 0.5" UNLEARN_B="$MSE --negative-weight 1"
-  UNLEARN_C="--loss mse --lr 1e-3 --negative-weight 1"
-  DISTIL="--lr 3e-4 --kl-coef 1 --kl-kind exact" DISTIL_SAPO="--lr 1e-4"
-  DISTIL_WEAK="--lr 3e-4 --kl-coef 0.3 --kl-kind exact"
+  UNLEARN_A="--loss mse --lr 1e-4 --negative-weight 0.5" UNLEARN_B="--loss mse --lr 1e-4 --negative-weight 1"
+  UNLEARN_C="--loss mse --lr 5e-4 --negative-weight 1"
+  # Ours: a KL term over the whole vocabulary, for students and their control (Table 2), and apart (Fig. 6).
+  SAME_KL="--kl-coef 0.3 --kl-kind exact" DISTIL="--lr 3e-4 $SAME_KL" DISTIL_SAPO="--lr 1e-4"
+  DISTIL_WEAK=$DISTIL
   KL_HIGH="--kl-coef 3 --kl-kind exact" KL_MIDDLE="--kl-coef 1 --kl-kind exact"
   KL_LOW="--kl-coef 0.1 --kl-kind exact" ENTROPY="--entropy-coef 0.3"
 }
@@ -67,6 +71,7 @@ paper() {             # paper MODEL   settings of Sec. 4.1
   FLAGS='' SCORE="--temperature $temperature --max-tokens $length --ask-for-box $large"
   if [ "$NPROC" -gt 1 ]; then FLAGS=--shard; fi         # from 4B on, 80 GB are too little without it
   if [ -n "$large" ] && [ "$NPROC" -gt 1 ]; then SCORE="$SCORE --shard"; fi
+  DENSE='' SAME_KL='' EXACT=''
   SCORE_KL="$SCORE --top-p 1 --top-k -1" SCORE="$SCORE --top-p 0.95"  # top-p below 1 would bias the KL
   if [ -n "${JUDGE_URL:-}" ]; then SCORE="$SCORE --judge-url $JUDGE_URL --judge-model $JUDGE_MODEL"; fi
   BATCH32="--batch-prompts 32" BATCH64="--batch-prompts 64"
@@ -83,9 +88,10 @@ paper() {             # paper MODEL   settings of Sec. 4.1
 
 shared_settings() {   # what several recipes train: loss, batch and steps
   # ours: 100 steps of CE, GRPO and PPO; 70 of MSE beyond Tables 1, 7, 12; 16 for students of GRPO and MSE
-  CE_100="$CE $BETA_1E3 $BATCH32 --steps 100" CE_1E2="$CE $BETA_1E2 $BATCH32 --steps 100"
-  GRPO_100="$GRPO $BATCH32 --steps 100" PPO_100="$PPO $BATCH32 --steps 100"
-  SAPO_120="$SAPO $BATCH32 --steps 120" MSE_70="$MSE $BATCH32 --steps 70"
+  local dozens="$BATCH32 --steps 100 $DENSE"
+  CE_100="$CE $BETA_1E3 $dozens" CE_1E2="$CE $BETA_1E2 $dozens" CE_5E2="$CE $BETA_5E2 $dozens"
+  GRPO_100="$GRPO $dozens" PPO_100="$PPO $dozens"
+  SAPO_120="$SAPO $BATCH32 --steps 120 $DENSE" MSE_70="$MSE $BATCH32 --steps 70"
   STUDENT="$DISTIL $BATCH64 --steps 16" STUDENT_10="$DISTIL $BATCH64 --steps 10"
   SAPO_STUDENT="$DISTIL_SAPO $BATCH32 --steps 32" SAPO_STUDENT_2="$SAPO_STUDENT --save-every 2"
   WEAK="$DISTIL_WEAK $BATCH64 --steps 16"
@@ -107,12 +113,12 @@ models() {            # models TABLE   MODEL, else MODELS, else those of the pap
   esac
 }
 
-seeds() {             # seeds TABLE   more where they are cheap and decide; one on real models
+seeds() {             # seeds TABLE   three where claims are decided, one in other worlds and on real models
   if [ -n "$SEEDS" ]; then echo "$SEEDS"; return; fi
-  case ${REAL:+real}$1-$model in
-    real*|table11-long) echo 0 ;;
-    fig4*|fig7*) echo "0 1 2 3" ;;
-    *) echo "0 1" ;;
+  case ${REAL:+real-}$model-$1 in               # Table 3's own rows decide no claim
+    toy-table3) echo 0 ;;
+    toy-*) echo "0 1 2" ;;
+    *) echo 0 ;;
   esac
 }
 
