@@ -4,8 +4,7 @@ Stage 2: distil what the teacher learnt back into pi_old, inside a trust region 
     A_hat(s, a) = log pi_teacher(a|s) - log pi_denominator(a|s), whitened              Sec. 3.3, 3.4
     maximize  E[ min(r A_hat, clip(r, 1 - eps, 1 + eps) A_hat) ],  r = pi / pi_old     Eq. 9
 
-The same rollouts, 10 to 32 steps. The signal is fixed before training, from scores computed once: the teacher
-is not in memory while the student trains. Which signal (Fig. 3):
+The same rollouts, 10 to 32 steps. The signal comes from scores: no teacher in memory. Which one (Fig. 3):
 
     strategy 1   --teacher T    --denominator old        towards a teacher that is better than pi_old
     strategy 2   --teacher MSE  --denominator UNLEARNED  an MSE run's late over its early checkpoint
@@ -15,10 +14,9 @@ is not in memory while the student trains. Which signal (Fig. 3):
                                   --rollouts runs/rollouts --out runs/student
 8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
 
-Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper approximates it: the
-clip takes the gradient from tokens that have moved, and few steps do not get far. --max-kl EPS (ours) makes
-it real by stopping: the last policy whose KL, over the whole vocabulary at the states of a fixed part of the
-rollouts, is inside the budget becomes final. It follows the surrogate to the border, no further.
+Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper's clip and few steps
+approximate it. --max-kl EPS (ours) makes it real by stopping: the last policy whose KL, over the whole
+vocabulary at the states of a fixed part of the rollouts, is inside the budget becomes final.
 
 Words and shapes: see teacher.py. Read next: evaluate.py.
 """
@@ -30,7 +28,6 @@ import time
 from collections import Counter
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from rollout import (InputError, Parser, check_positive, checkpoint_fingerprint, one_writer, run_main,
@@ -119,8 +116,8 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
         raise InputError(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two")
-    check_positive(args, "steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip",
-                   "max_grad_norm", "max_kl", "logp_temperature")
+    check_positive(args, "steps", "batch_prompts", "micro_tokens", "lr", "save_every",
+                   "clip", "max_grad_norm", "max_kl", "logp_temperature")
     if not (0 <= args.kl_coef < math.inf and math.isfinite(args.entropy_coef)):
         raise InputError("--kl-coef must not be negative, and --entropy-coef a number")
     return args
@@ -133,8 +130,9 @@ def main():
     roles = args.teacher, args.denominator
     named = [role for role in roles if role not in ("old", "none", "live")]
     rollouts, tokenizer, old, usable = open_rollouts(args, args.student, *named)
-    path_of = {"old": old, "live": args.student}                        # live starts as the student
-    content = [checkpoint_fingerprint(path_of.get(role, role)) for role in roles if role != "none"]
+    path_of = {"old": old, "live": args.student, "none": None}          # live starts as the student
+    paths = [path_of.get(role, role) for role in roles]
+    content = [checkpoint_fingerprint(path) for path in paths if path]
     if len(set(content)) < len(content) and args.denominator != "live":
         raise InputError("--teacher {} and --denominator {} are the same policy: no signal".format(*roles))
     run, save, metrics = start_run(args, build_parser(), args.student, rollouts)
@@ -143,23 +141,20 @@ def main():
 
     # ---- the signal, from scores that are computed once, and then the one model that trains ----
     old_logp = score(old, rollouts, **score_options(args))
-    teacher_logp, denom_logp = (torch.zeros(1).expand_as(old_logp) if role == "none" else
-                                score(path_of.get(role, role), rollouts, **score_options(args))
-                                for role in roles)
+    teacher_logp, denom_logp = (score(path, rollouts, **score_options(args)) if path else
+                                torch.zeros(1).expand_as(old_logp) for path in paths)
     signal = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
     mean, std = whitening(values for values, _ in signal_of_responses(*signal))     # of step 0, if live
     one_writer(args.out)
     if rank == 0:
-        n_tokens = rollouts["response_offsets"].diff()[usable].sum().item()
-        statistics = signal_statistics(signal_of_responses(*signal), mean, std, n_tokens)
+        statistics = signal_statistics(signal_of_responses(*signal), mean, std, len(old_logp))
         write_json(args.out / "run.json", run | {"signal": statistics})
     exact = args.kl_coef > 0 and args.kl_kind == "exact"             # this and --max-kl: two models in memory
-    second = old if exact or args.max_kl else None
-    lm, policy, model = build(args, save or args.student, second, rollouts)
+    lm, policy, model = build(args, save or args.student, old if exact or args.max_kl else None, rollouts)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0)
     load_moments(save, lm, optimizer)
-    kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # for --max-kl
-    budget = (policy, rollouts, kl_states, args.micro_tokens)
+    kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))
+    budget = (policy, rollouts, kl_states, args.micro_tokens)                       # of --max-kl
     if args.max_kl and not metrics and (kl := kl_to_old(*budget)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g}")
 
@@ -171,7 +166,7 @@ def main():
     for step in range(done + 1, args.steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()  # of the whole step, on every rank
-        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), Counter()
+        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world), Counter()
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1       # DDP: one all-reduce per step
             idx = batch[micro]
@@ -198,8 +193,7 @@ def main():
         if args.max_kl and kl > args.max_kl:                     # Eq. 7: back into the trust region, and done
             lm.load_state_dict(inside[0])
             optimizer.load_state_dict(inside[1])
-            print_once(f"step {step:03d} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: "
-                       f"final is step {step - 1}")
+            print_once(f"step {step} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: it is not taken")
             break
         more = {"signal_mean": mean, "signal_std": std, "kl_new_old": kl}
         end_step(args, step, args.steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
@@ -210,14 +204,10 @@ def main():
 # ---- machinery: nothing below is about the method ----------------------------------------------------------
 
 def kl_to_old(policy, rollouts, indices, micro_tokens):
-    """Mean KL(pi || pi_old) over the whole vocabulary at the response tokens of `indices`, nats per token.
-
-    Not from the old samples: their estimate misses mass that leaks to tokens that nobody sampled.
-    """
+    """Mean KL(pi || pi_old) in nats over the whole vocabulary at the response tokens of `indices`."""
     rank, world, device = setup_ddp()
-    sums, lengths = Counter(), rollouts["offsets"].diff()[indices]
+    sums, shares = Counter(), micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world)
     with torch.no_grad():
-        shares = micro_batches(lengths, micro_tokens, world, isinstance(policy, FSDPModule))
         for micro in shares[rank]:
             input_ids, mask = pad_responses(rollouts, indices[micro], device)
             kl = policy(input_ids, mask, exact_kl=True)[2]
@@ -228,26 +218,21 @@ def kl_to_old(policy, rollouts, indices, micro_tokens):
 
 
 def signal_statistics(responses, mean, std, tokens):
-    """What run.json keeps of the raw signal: moments, percentiles, a histogram by kind of response (Fig. 10).
+    """Of the raw signal, for run.json: moments, percentiles, histograms by kind of response (Fig. 10).
 
-    responses: of signal_of_responses, with `tokens` tokens in all. Percentiles are of every n-th token of a
-    response, a million in all: exact up to two million tokens.
+    Percentiles are of every n-th token of a response, a million in all: exact up to two million `tokens`.
     """
     edges, every = torch.linspace(-5, 5, 51, dtype=torch.float64), max(1, tokens // 10 ** 6)
-    histogram = {kind: torch.zeros(len(edges) - 1, dtype=torch.float64) for kind in (True, False)}
-    sample, fourth, below = [], 0.0, 0
+    histogram, sample, fourth = {True: torch.zeros(50), False: torch.zeros(50)}, [], 0.0
     for signal, positive in responses:
         values = signal.double()
         sample.append(values[::every].clone())                                  # a view would keep them all
         fourth += ((values - mean) / (std + 1e-8)).pow(4).sum().item()
-        histogram[positive] += torch.histogram(values.clamp(-5, 5), edges).hist     # the ends: all beyond
-        below += positive * (values < 0).sum().item()
-    ranked, positives = torch.cat(sample).sort().values, histogram[True].sum().item()
-    return {"mean": mean, "std": std, "kurtosis": fourth / tokens,
-            **{f"p{q}": ranked[len(ranked) * q // 100].item() for q in (1, 50, 99)},
-            "share_below_zero_on_positives": below / positives if positives else math.nan,
-            "histogram_edges": edges.tolist(), "histogram_positive": histogram[True].tolist(),
-            "histogram_negative": histogram[False].tolist()}
+        histogram[positive] = histogram[positive] + torch.histogram(values.clamp(-5, 5), edges).hist
+    ranked, count = torch.cat(sample).sort().values, sum(histogram.values()).sum().item()
+    return {"mean": mean, "std": std, "kurtosis": fourth / count, "histogram_edges": edges.tolist(),
+            "histogram_positive": histogram[True].tolist(), "histogram_negative": histogram[False].tolist(),
+            **{f"p{q}": ranked[len(ranked) * q // 100].item() for q in (1, 50, 99)}}
 
 
 if __name__ == "__main__":

@@ -21,10 +21,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -314,7 +312,7 @@ class ValueNetwork(nn.Module):
 
 
 def train_values(args, rollouts, usable):
-    """(V of every response token [sum of response lengths], its explained variance); kept in OUT/value."""
+    """(V of every response token [sum of response lengths], metrics of V); kept in OUT/value."""
     path = args.out / "value" / "values.pt"
     if not path.exists():
         fit_values(args, rollouts, usable, path)
@@ -323,7 +321,7 @@ def train_values(args, rollouts, usable):
     seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
     variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
     print_once(f"values: explained variance {variance:.3f}")
-    return values, variance
+    return values, {"explained_variance": variance}         # of V, not of pi(a|s) as an estimate of R
 
 
 def fit_values(args, rollouts, usable, path):
@@ -339,7 +337,7 @@ def fit_values(args, rollouts, usable, path):
     for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
         batch = next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()
-        shares = micro_batches(rollouts["offsets"].diff()[batch], args.micro_tokens, world, args.shard)
+        shares = micro_batches(rollouts["offsets"].diff()[batch], args.micro_tokens, world)
         sums = Counter()
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1
@@ -372,7 +370,7 @@ def ppo_advantages(rollouts, usable, values):
     return ((adv.double() - seen.mean()) / (seen.std(correction=0) + 1e-8)).float()
 
 
-# ---- batches: whole prompts per step, right-padded micro-batches per rank ----------------------------------
+# ---- batches: whole prompts per step, micro-batches of like length per rank --------------------------------
 
 def step_batches(rollouts, usable, batch_prompts, seed):
     """Endless batches of response indices. Batches count prompts; all responses of a prompt stay together.
@@ -387,51 +385,26 @@ def step_batches(rollouts, usable, batch_prompts, seed):
             yield torch.nonzero(usable & torch.isin(rollouts["prompt_index"], part))[:, 0]
 
 
-def micro_batches(lengths, micro_tokens, world=1, lockstep=False):
+def micro_batches(lengths, micro_tokens, world=1):
     """Split responses into micro-batches of at most `micro_tokens` padded tokens, and deal them to ranks.
 
-    lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding;
-    dealt longest first to the rank with the least work (FLOPs grow with L, attention's with L^2; ours: equal
-    at 32k). lockstep (--shard): ranks wait for each other in every layer, so each turn has micro-batches of
-    like cost; the first rank has the most turns.
+    lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding, and
+    dealt in order of cost (FLOPs grow with L, attention's with L^2; ours: equal at 32k): with --shard ranks
+    wait for each other in every layer, so each turn is of like cost. The first rank has the most turns.
     """
     if len(lengths) < world:
         raise InputError(f"{len(lengths)} responses do not reach {world} ranks: raise --batch-prompts")
-    micros = [[]]
-    for i in lengths.argsort(descending=True, stable=True).tolist():
+    lengths, micros = lengths.tolist(), [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if micros[-1] and lengths[micros[-1][0]] * (len(micros[-1]) + 1) > micro_tokens:
             micros.append([])
         micros[-1].append(i)
-    while len(micros) % world:                              # every rank gets as many, so that none idles
-        widest = max(range(len(micros)), key=lambda m: len(micros[m]))
-        if len(micros[widest]) == 1:
-            break
-        half = len(micros[widest]) // 2
-        micros[widest:widest + 1] = [micros[widest][:half], micros[widest][half:]]
-    cost = [sum(lengths[i].item() * (1 + lengths[i].item() / 32768) for i in m) for m in micros]
-    dealt, load = [[] for _ in range(world)], [0.0] * world
-    order = sorted(range(len(micros)), key=lambda m: -cost[m])
-    if lockstep:
-        return [[torch.tensor(micros[m]) for m in order[rank::world]] for rank in range(world)]
-    for m in order:
-        rank = min(range(world), key=lambda r: (bool(dealt[r]), load[r]))           # none stays empty
-        dealt[rank].append(torch.tensor(micros[m]))
-        load[rank] += cost[m]
-    return dealt
-
-
-def pad_responses(rollouts, indices, device, *token_values):
-    """Micro-batch: input_ids (B, T), mask (B, T-1), then each flat per-response-token tensor as (B, T-1)."""
-    lengths = rollouts["offsets"][indices + 1] - rollouts["offsets"][indices]
-    ids = [response_ids(rollouts, i).long() for i in indices]
-    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)       # (B, T); the pad id is never looked at
-    position = torch.arange(input_ids.shape[1] - 1)
-    mask = (position >= rollouts["prompt_len"][indices, None] - 1) & (position < lengths[:, None] - 1)
-    bounds = rollouts["response_offsets"]
-    spans = [slice(a, b) for a, b in zip(bounds[indices], bounds[indices + 1])]
-    padded = [torch.zeros(mask.shape).masked_scatter(mask, torch.cat([values[s] for s in spans]).float())
-              for values in token_values]
-    return [x.to(device) for x in (input_ids, mask.float(), *padded)]
+    while len(micros) % world and len(max(micros, key=len)) > 1:        # as many for every rank: none idles
+        m = micros.index(max(micros, key=len))
+        half = len(micros[m]) // 2
+        micros[m:m + 1] = [micros[m][:half], micros[m][half:]]
+    micros.sort(key=lambda micro: -sum(lengths[i] * (1 + lengths[i] / 32768) for i in micro))
+    return [[torch.tensor(micro) for micro in micros[rank::world]] for rank in range(world)]
 
 
 def shared_flags(arg):
@@ -441,11 +414,9 @@ def shared_flags(arg):
     arg("--old", help="pi_old, if it is no longer at the path that the rollouts name")
     arg("--drop-truncated", action="store_true", help="leave out responses that hit the token limit")
     arg("--kl-coef", type=float, default=0.0, help="weight of a KL to pi_old (Fig. 6, Table 5)")
-    arg("--kl-kind", choices=["sampled", "exact"], default="sampled",
-        help="exact: over the whole vocabulary, keeps pi_old in memory")
+    arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: keeps pi_old in memory")
     # Optimization
     arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass; memory")
-    arg("--chunk", type=int, default=1024, help="tokens per tile of the head")
     arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
     arg("--max-grad-norm", type=float, default=1.0)
     arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
@@ -484,7 +455,7 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     if args.steps and args.epochs:
         raise InputError("give --steps or --epochs, not both")
-    check_positive(args, "steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every",
+    check_positive(args, "steps", "epochs", "batch_prompts", "micro_tokens", "lr", "save_every",
                    "beta", "max_grad_norm", "value_steps", "value_lr", "logp_temperature")
     if not (0 <= args.kl_coef < math.inf and 0 <= args.negative_weight < math.inf):
         raise InputError("--kl-coef and --negative-weight must not be negative")
@@ -496,9 +467,10 @@ def main():
     # ---- data and checks: before any model is loaded ----
     rank, world, device = setup_ddp(args.shard)
     rollouts, tokenizer, old, usable = open_rollouts(args, args.model)
-    check_rewards(args, rollouts["reward"], usable)
-    if args.loss == "sft":
-        usable &= rollouts["reward"] > 0
+    right = rollouts["reward"] > 0
+    if not right[usable].any() or right[usable].all() and args.loss != "sft":
+        raise InputError(f"{args.rollouts}: all responses are wrong, or all are right; sample other prompts")
+    usable &= right | (args.loss != "sft")                              # SFT sees the right ones only
     run, save, metrics = start_run(args, build_parser(), args.model, rollouts)
     if not run:
         return print_once(f"{args.out}: already finished")
@@ -512,9 +484,9 @@ def main():
         note_sampler_gap(rollouts, old_logp)
     adv = torch.zeros_like(rollouts["reward"])                          # SAPO and GRPO: one per response
     adv[usable] = group_advantages(rollouts["reward"][usable], rollouts["prompt_index"][usable])
-    value_variance, token_adv = None, []                                # PPO: an advantage per token
+    token_adv, value_metrics = [], {}                                   # PPO: an advantage per token
     if args.loss == "ppo":
-        values, value_variance = train_values(args, rollouts, usable)
+        values, value_metrics = train_values(args, rollouts, usable)
         token_adv = [ppo_advantages(rollouts, usable, values)]
     exact = args.kl_coef > 0 and args.kl_kind == "exact"              # the one case with two models in memory
     lm, policy, model = build(args, save or args.model, old if exact else None, rollouts)
@@ -531,7 +503,7 @@ def main():
     for step in range(done + 1, steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()          # of all ranks
-        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), Counter()
+        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world), Counter()
         n_responses, implicit = len(batch), torch.zeros(len(batch), device=device)  # R(y) of each response
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1       # DDP: one all-reduce per step
@@ -566,9 +538,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        more = ce_metrics(implicit, rollouts, batch) if args.loss == "ce" else {}
-        if args.loss == "ppo":
-            more = {"explained_variance": value_variance}           # of V, not of pi(a|s) as an estimate of R
+        more = ce_metrics(implicit, rollouts, batch) if args.loss == "ce" else value_metrics
         end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
                  lm, tokenizer, optimizer)
     save_step(args.out, "final", lm, tokenizer, optimizer, metrics, args.save_every)
@@ -601,11 +571,22 @@ def response_ids(rollouts, index):
     return shard["input_ids"][shard["offsets"][within]:shard["offsets"][within + 1]]
 
 
-def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
-    """A causal LM with fp32 parameters: at lr 1e-6 bf16 weights would round most updates away.
+def pad_responses(rollouts, indices, device, *token_values):
+    """Micro-batch: input_ids (B, T), mask (B, T-1), then each flat per-response-token tensor as (B, T-1)."""
+    lengths = rollouts["offsets"][indices + 1] - rollouts["offsets"][indices]
+    ids = [response_ids(rollouts, i).long() for i in indices]
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)       # (B, T); the pad id is never looked at
+    position = torch.arange(input_ids.shape[1] - 1)
+    mask = (position >= rollouts["prompt_len"][indices, None] - 1) & (position < lengths[:, None] - 1)
+    bounds = rollouts["response_offsets"]
+    spans = [slice(a, b) for a, b in zip(bounds[indices], bounds[indices + 1])]
+    padded = [torch.zeros(mask.shape).masked_scatter(mask, torch.cat([values[s] for s in spans]).float())
+              for values in token_values]
+    return [x.to(device) for x in (input_ids, mask.float(), *padded)]
 
-    offload: what checkpointing keeps waits in the memory of the host.
-    """
+
+def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
+    """A causal LM in fp32: bf16 rounds most updates of lr 1e-6 away. offload: into the host's memory."""
     lm = load_lm(path, torch.float32, trust_remote_code)
     if checkpointing:
         kept = {"offload": True} if offload and torch.cuda.is_available() else {}
@@ -614,13 +595,10 @@ def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False
 
 
 def per_token(rollouts, model, micro_tokens, desc):
-    """What model(input_ids, mask) gives per response token: (rows, sum of response lengths), no gradient.
-
-    All ranks share the work and get the whole result; all must call it.
-    """
+    """What model(input_ids, mask) gives per token: (rows, sum of response lengths). Ranks share it."""
     rank, world, device = setup_ddp()
     bounds, flat = rollouts["response_offsets"], None
-    shares = micro_batches(rollouts["offsets"].diff(), micro_tokens, world, isinstance(model, FSDPModule))
+    shares = micro_batches(rollouts["offsets"].diff(), micro_tokens, world)
     with torch.no_grad():
         for indices in tqdm(shares[rank], desc=desc, disable=rank > 0, leave=False):
             input_ids, mask = pad_responses(rollouts, indices, device)
@@ -634,22 +612,19 @@ def per_token(rollouts, model, micro_tokens, desc):
     return flat.cpu()
 
 
-def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False,
-          trust_remote_code=False, shard=False):
-    """log pi(a|s) of every response token: flat fp32 [sum of response lengths]. Also used by evaluate.py.
+def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, with_entropy=False, shard=False,
+          trust_remote_code=False):
+    """log pi(a|s) of every response token, flat fp32; with_entropy: (logp, entropy). Also in evaluate.py.
 
-    rollouts: their folder, or what load_rollouts read. Computed once and kept in ROLLOUTS/scores under the
-    fingerprints of both and the temperature (default: the one sampled with). Ranks share the work; all must
-    call it. with_entropy: (logp, entropy in nats).
+    Computed once and kept in ROLLOUTS/scores under the fingerprints of checkpoint and rollouts and the
+    temperature (default: the one sampled with). rollouts: their folder, or what load_rollouts read.
     """
     rollouts = rollouts if isinstance(rollouts, dict) else load_rollouts(rollouts)
     rank, _, device = setup_ddp()
     temperature = rollouts["meta"]["temperature"] if temperature is None else temperature
     if not 0 < temperature < math.inf:
         raise InputError(f"{rollouts['folder']} was sampled greedily, no log-probs: give --logp-temperature")
-    key = {"version": 1, "checkpoint": checkpoint_fingerprint(checkpoint), "temperature": temperature,
-           "rollouts": rollouts["fingerprint"]}
-    name = f"{key['checkpoint'][:16]}-{key['rollouts'][:16]}-T{temperature:g}.pt"
+    name = f"{checkpoint_fingerprint(checkpoint)[:16]}-{rollouts['fingerprint'][:16]}-T{temperature:g}.pt"
     path = rollouts["folder"] / "scores" / name
     missing = torch.tensor(int(not path.exists()), device=device)
     if dist.is_initialized():
@@ -657,26 +632,23 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024
     if missing:
         check_tokenizer(checkpoint, rollouts, trust_remote_code)
         lm = load_policy(checkpoint, "cpu" if shard else device, trust_remote_code=trust_remote_code)
-        policy = Policy(lm.eval(), temperature, chunk)
+        policy = Policy(lm.eval(), temperature)
         if shard:
             parallel(policy, shard)
         logp, entropy = per_token(rollouts, policy, micro_tokens, "scoring")
         del lm, policy
         torch.cuda.empty_cache()                            # for an engine in another process, too
         if rank == 0:
-            scores = key | {"logp": logp.clone(), "entropy": entropy.clone()}
+            scores = {"logp": logp.clone(), "entropy": entropy.clone()}             # not views of one tensor
             write_atomic(path, lambda p: torch.save(scores, p))
         wait_for_all()
     kept = read_tensors(path, "score file", "delete it, it will be computed again")
-    if not isinstance(kept, dict) or any(kept.get(k) != key[k] for k in key) or any(
-            len(kept.get(k, ())) != rollouts["response_offsets"][-1] for k in ("logp", "entropy")):
-        raise InputError(f"{path} belongs to other files: delete it, it will be computed again")
     return (kept["logp"], kept["entropy"]) if with_entropy else kept["logp"]
 
 
 def score_options(args):
-    return dict(temperature=args.logp_temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
-                trust_remote_code=args.trust_remote_code, shard=args.shard)
+    return dict(temperature=args.logp_temperature, micro_tokens=args.micro_tokens, shard=args.shard,
+                trust_remote_code=args.trust_remote_code)
 
 
 def note_sampler_gap(rollouts, old_logp):
@@ -701,9 +673,6 @@ def setup_ddp(shard=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # if torchrun was killed meanwhile
-            host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])        # this fails at once, and
-            socket.create_connection(host, 60).close()                  # the next line in hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return rank, world, device
 
@@ -723,7 +692,7 @@ def build(args, start, old, rollouts):
     device = "cpu" if args.shard else setup_ddp()[2]        # sharding puts each rank's part on its GPU
     lm = load_policy(start, device, args.checkpointing, args.trust_remote_code, args.offload_activations)
     old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if old else None
-    policy = Policy(lm, args.logp_temperature or rollouts["meta"]["temperature"], args.chunk, old_lm)
+    policy = Policy(lm, args.logp_temperature or rollouts["meta"]["temperature"], old_lm=old_lm)
     return lm, policy, parallel(policy, args.shard)
 
 
@@ -744,8 +713,8 @@ def parallel(module, shard):
 
 def idle_turns(model, shares, rank, *options):
     """FSDP: a rank without a micro-batch in the others' last turn still hands out its part of the weights."""
-    for _ in range(len(shares[0]) - len(shares[rank]) if isinstance(model, FSDPModule) else 0):
-        device = setup_ddp()[2]
+    device, turns = setup_ddp()[2], len(shares[0]) - len(shares[rank])
+    for _ in range(turns * isinstance(model, FSDPModule)):
         ids, mask = torch.zeros(1, 2, dtype=torch.long, device=device), torch.zeros(1, 1, device=device)
         nothing = model(ids, mask, *options)[0].sum() * 0
         if nothing.requires_grad:
@@ -780,12 +749,10 @@ def check_tokenizer(model, rollouts, trust_remote_code=False):
     """Tokenizer of a checkpoint; InputError if the rollouts' token ids mean something else to it."""
     tokenizer = load_tokenizer(model, trust_remote_code)
     if tokenizer_fingerprint(tokenizer) != rollouts["meta"].get("tokenizer_fingerprint"):
-        raise InputError(f"{model} has another tokenizer than {rollouts['meta']['model']}, which wrote the "
-                         f"rollouts: use a checkpoint of the same family, or sample again with this one")
+        raise InputError(f"{model} has another tokenizer than the rollouts: use a checkpoint of their family")
     with input_errors(f"{model} has no usable config.json"):
         config = AutoConfig.from_pretrained(resolve_checkpoint(model), trust_remote_code=trust_remote_code)
-        rows = config.get_text_config().vocab_size
-    if max(s["input_ids"].max() for s in rollouts["shards"]) >= rows:
+    if max(s["input_ids"].max() for s in rollouts["shards"]) >= config.get_text_config().vocab_size:
         raise InputError(f"{model} has no weights for all token ids of the rollouts: use its own tokenizer's")
     return tokenizer
 
@@ -802,20 +769,12 @@ def find_old(rollouts, old=None):
     return path
 
 
-def check_rewards(args, reward, usable):
-    """InputError if there is nothing to learn from."""
-    for name, count in (("right", (usable & (reward > 0)).sum()), ("wrong", (usable & (reward == 0)).sum())):
-        if count == 0 and not (args.loss == "sft" and name == "wrong"):
-            raise InputError(f"{args.rollouts} has no {name} response to learn from; sample other prompts")
-
-
 def start_run(args, parser, parent, rollouts):
     """(what OUT/run.json is to hold, folder and metrics of the newest save); (None, ...) if it is finished.
 
-    InputError if OUT holds a run of other settings or content. The caller writes run.json once all input is
-    known to be good. Also used by distill.py.
+    InputError if OUT holds another run. The caller writes run.json, once all input is known to be good.
     """
-    out, known = args.out, (args.out / "run.json").exists()
+    out = args.out
     git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     run = {"script": Path(sys.argv[0]).name, "git_commit": git or None,
@@ -823,21 +782,21 @@ def start_run(args, parser, parent, rollouts):
            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                         "transformers": transformers.__version__},
            "parent": checkpoint_fingerprint(parent), "rollouts_fingerprint": rollouts["fingerprint"]}
-    if not known and any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in out.glob("*")):
-        raise InputError(f"{out} is not empty and holds no run.json: use another --out")
-    if known:
+    if (out / "run.json").exists():
         check_same_run(out, run, parser)
         if (out / "final").exists():
             if ranks()[0] == 0:
                 drop_states(out, "final", args.save_every)              # a kill may have come before this
             return None, None, []
         one_writer(out)
+    elif any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in out.glob("*")):
+        raise InputError(f"{out} is not empty and holds no run.json: use another --out")
     wait_for_all()                                          # all have looked before the first writes
     _, save = newest_save(out)
     return run, save, read_state(save)[1] if save else []
 
 
-MAY_CHANGE = ("micro_tokens", "chunk", "shard", "offload_activations")     # not the result
+MAY_CHANGE = ("micro_tokens", "shard", "offload_activations")          # not the result
 
 
 def check_same_run(out, run, parser):
@@ -880,11 +839,7 @@ def load_moments(save, lm, optimizer):
 
 
 def save_step(out, name, lm, tokenizer, optimizer, metrics, save_every):
-    """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded.
-
-    An ordinary Hugging Face folder in fp32, complete or absent. All ranks must call it; with --shard each
-    gives its part. Also used by distill.py.
-    """
+    """Save OUT/NAME, a Hugging Face folder in fp32 with Adam's state, whole or absent. All ranks call it."""
     once = {name for name, _ in (*lm.named_parameters(), *lm.named_buffers())}      # a tied head: one name
     weights = {name: x for name, x in get_model_state_dict(lm, options=WHOLE).items() if name in once}
     moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}
@@ -904,7 +859,7 @@ def save_step(out, name, lm, tokenizer, optimizer, metrics, save_every):
 
 
 def drop_states(out, name, save_every):
-    """Remove the optimizer states that the save `name` has made superfluous."""
+    """Remove the optimizer states that the save `name` has made superfluous: weights stay."""
     for older in out.glob("step-*[0-9]"):
         if older.name != name:
             (older / "optimizer.pt").unlink(missing_ok=True)
@@ -974,13 +929,10 @@ def token_sums(loss, logp, entropy, old_logp, mask, reward, pushes, clip_low, cl
 
 
 def step_metrics(sums):
-    """Means per token with the names of metrics.jsonl. kl_old_new: k3 on the rollouts, of KL(pi_old || pi).
-
-    explained_variance: 1 - Var(R - pi(a|s)) / Var(R), for rewards of 0 or 1.
-    """
+    """Means per token, named as in metrics.jsonl. kl_old_new: k3 on the rollouts, of KL(pi_old || pi)."""
     n = sums["n_pos"] + sums["n_neg"]
     means = {name: sums[name] / n for name in ("kl_old_new", "entropy", "clip_frac", "ratio_mean")}
-    var_reward = sums["reward"] / n - (sums["reward"] / n) ** 2
+    var_reward = sums["reward"] / n - (sums["reward"] / n) ** 2         # of rewards of 0 or 1
     var_residual = sums["residual2"] / n - (sums["residual"] / n) ** 2
     return {**means, "prob_pos": sums["prob_pos"] / sums["n_pos"] if sums["n_pos"] else None,
             "prob_neg": sums["prob_neg"] / sums["n_neg"] if sums["n_neg"] else None,

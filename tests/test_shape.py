@@ -12,6 +12,7 @@ PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tas
 BANNER = "# ---- machinery: nothing below is about the method "
 # Lines before the banner: what a reader of the method has to read.
 METHOD = {"rollout.py": 460, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
+TOTAL = {"teacher.py": 970, "distill.py": 240}              # lines in all: growth is a decision
 
 
 @pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", *PARTS])
@@ -35,6 +36,11 @@ def test_the_method_stands_before_the_machinery(name):
     assert all(defined[function].lineno < banner for function in topic[name])
     below = {node.name for node in defined.values() if node.lineno > banner}
     assert not {function for function in below if function.endswith("_loss") or "advantages" in function} - {"ppo_advantages"}
+
+
+@pytest.mark.parametrize("name", TOTAL)
+def test_the_training_files_stay_as_long_as_they_are(name):
+    assert len((conftest.ROOT / name).read_text().splitlines()) <= TOTAL[name]
 
 
 @pytest.mark.parametrize("name", STAGES)
