@@ -796,19 +796,16 @@ def start_run(args, parser, parent, rollouts):
     return run, save, read_state(save)[1] if save else []
 
 
-MAY_CHANGE = ("micro_tokens", "shard", "offload_activations")          # not the result
-
-
 def check_same_run(out, run, parser):
     """InputError if OUT/run.json was written by another script, with other flags or from other content."""
-    hint = "use another --out, or delete it to start over"
+    hint, free = "use another --out, or delete it", ("micro_tokens", "shard", "offload_activations")
     kept = read_json(out / "run.json", hint)
     for key in ("script", "parent", "rollouts_fingerprint"):
         if kept.get(key) != run[key]:
             raise InputError(f"{out} holds a run with another {key.replace('_', ' ')}: {hint}")
     for key, now in run["args"].items():
         then = kept["args"].get(key, parser.get_default(key))           # a flag that it lacks had its default
-        if then != now and key not in MAY_CHANGE:
+        if then != now and key not in free:                             # free: the result stays the same
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {then}, now {now}: {hint}")
 
 
