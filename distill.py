@@ -4,8 +4,7 @@ Stage 2: distil what the teacher learnt back into pi_old, inside a trust region 
     A_hat(s, a) = log pi_teacher(a|s) - log pi_denominator(a|s), whitened              Sec. 3.3, 3.4
     maximize  E[ min(r A_hat, clip(r, 1 - eps, 1 + eps) A_hat) ],  r = pi / pi_old     Eq. 9
 
-The same rollouts, 10 to 32 steps. The signal is fixed before training, from scores computed once: the teacher
-is not in memory while the student trains. Which signal (Fig. 3):
+The same rollouts, 10 to 32 steps. The signal comes from scores: no teacher in memory. Which one (Fig. 3):
 
     strategy 1   --teacher T    --denominator old        towards a teacher that is better than pi_old
     strategy 2   --teacher MSE  --denominator UNLEARNED  an MSE run's late over its early checkpoint
@@ -15,27 +14,28 @@ is not in memory while the student trains. Which signal (Fig. 3):
                                   --rollouts runs/rollouts --out runs/student
 8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
 
-Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper approximates it: the
-clip takes the gradient from tokens that have moved, and few steps do not get far. --max-kl EPS (ours) makes
-it real by stopping: the last policy whose KL, over the whole vocabulary at the states of a fixed part of the
-rollouts, is inside the budget becomes final. It follows the surrogate to the border, no further.
+Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper's clip and few steps
+approximate it. --max-kl EPS (ours) makes it real by stopping: the last policy whose KL, over the whole
+vocabulary at the states of a fixed part of the rollouts, is inside the budget becomes final.
 
 Words and shapes: see teacher.py. Read next: evaluate.py.
 """
 import argparse
 import copy
+import itertools
 import math
 import time
+from collections import Counter
 
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
-from rollout import InputError, Parser, check_positive, one_writer, run_main, write_json
-from teacher import (add, build, clip_gradients, defer_signals, end_step, fingerprint, idle_inputs,
-                     idle_turns, kl_term, load_moments, local, log_ratio, memory_advice, micro_batches,
-                     open_loop, open_rollouts, pad_responses, print_once, reduce_sums, save_step, score,
-                     score_options, setup_ddp, shared_flags, start_run, step_batches, stop_if_not_finite,
-                     token_sums)
+from rollout import (InputError, Parser, check_positive, checkpoint_fingerprint, one_writer, run_main,
+                     write_json)
+from teacher import (build, clip_gradients, defer_signals, end_step, idle_turns, kl_term, load_moments,
+                     log_ratio, memory_advice, micro_batches, open_rollouts, pad_responses, print_once,
+                     reduce_sums, save_step, score, score_options, setup_ddp, shared_flags, start_run,
+                     step_batches, stop_if_not_finite, token_sums)
 
 
 # ---- the signal --------------------------------------------------------------------------------------------
@@ -43,8 +43,7 @@ from teacher import (add, build, clip_gradients, defer_signals, end_step, finger
 def signal_of(teacher_logp, denom_logp, positive, keep="all"):
     """A_hat before whitening, in nats (Sec. 3.3, 3.4); positive: whether the response is right, broadcast.
 
-    keep: on positive responses only min(signal, 0) or max(signal, 0) (Table 12); before whitening, as the
-    paper does.
+    keep: on positive responses only min(signal, 0) or max(signal, 0), before whitening (Table 12).
     """
     signal = teacher_logp - denom_logp
     bound = {"all": {}, "min0": {"max": 0}, "max0": {"min": 0}}[keep]
@@ -52,8 +51,7 @@ def signal_of(teacher_logp, denom_logp, positive, keep="all"):
 
 
 def signal_of_responses(rollouts, usable, teacher_logp, denom_logp, keep="all"):
-    """Yield (signal_of [T], whether it is positive) of each usable response, one at a time: all of them
-    together would have the size of all tokens."""
+    """Yield (signal_of [T], whether it is positive) of each usable response: all at once is too much."""
     bounds, positive = rollouts["response_offsets"], rollouts["reward"] > 0
     for i in usable.nonzero()[:, 0]:
         span = slice(bounds[i], bounds[i + 1])
@@ -61,8 +59,7 @@ def signal_of_responses(rollouts, usable, teacher_logp, denom_logp, keep="all"):
 
 
 def whitening(parts):
-    """(mean, std) of a signal that comes in flat parts, in one fp64 pass: fp32 sums over 10^8 tokens do not
-    hold."""
+    """(mean, std) of a signal that comes in flat parts, in fp64: fp32 sums over 10^8 tokens do not hold."""
     count, mean, m2 = 0, 0.0, 0.0                           # m2: sum of squared distances from the mean
     for values in (part.double() for part in parts if len(part)):
         shift, total = values.mean().item() - mean, count + len(values)
@@ -84,11 +81,9 @@ def whiten(signal, mask):
 # ---- the loss ----------------------------------------------------------------------------------------------
 
 def distill_loss(logp, entropy, old_logp, adv, mask, clip=0.2, kl_coef=0.0, entropy_coef=0.0, exact_kl=None):
-    """Clipped surrogate of Eq. 9 with the KL and entropy terms of Tables 5 and 6. (B, T-1) each; adv is
-    A_hat.
+    """Clipped surrogate of Eq. 9 with the KL and entropy terms of Tables 5 and 6; adv is A_hat, (B, T-1).
 
-    Sum over response tokens; the caller divides by the token count of the optimizer step. exact_kl, if given,
-    takes the place of the KL that is estimated from the old samples.
+    Sum over response tokens; the loop divides. exact_kl takes the place of the KL estimated on old samples.
     """
     d = log_ratio(logp, old_logp, mask)                                 # log r(theta); 0 at the first step
     ratio = d.exp()
@@ -120,10 +115,9 @@ def build_parser():
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     if args.teacher == "none" and args.denominator in ("none", "old") or args.teacher == args.denominator:
-        raise InputError(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two "
-                         f"different policies")
-    check_positive(args, "steps", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every", "clip",
-                   "max_grad_norm", "max_kl", "logp_temperature")
+        raise InputError(f"--teacher {args.teacher} --denominator {args.denominator} is no signal: name two")
+    check_positive(args, "steps", "batch_prompts", "micro_tokens", "lr", "save_every",
+                   "clip", "max_grad_norm", "max_kl", "logp_temperature")
     if not (0 <= args.kl_coef < math.inf and math.isfinite(args.entropy_coef)):
         raise InputError("--kl-coef must not be negative, and --entropy-coef a number")
     return args
@@ -136,42 +130,43 @@ def main():
     roles = args.teacher, args.denominator
     named = [role for role in roles if role not in ("old", "none", "live")]
     rollouts, tokenizer, old, usable = open_rollouts(args, args.student, *named)
-    path_of = {"old": old, "live": args.student}                        # live starts as the student
-    content = [fingerprint(path_of.get(role, role)) for role in roles if role != "none"]
+    path_of = {"old": old, "live": args.student, "none": None}          # live starts as the student
+    paths = [path_of.get(role, role) for role in roles]
+    content = [checkpoint_fingerprint(path) for path in paths if path]
     if len(set(content)) < len(content) and args.denominator != "live":
         raise InputError("--teacher {} and --denominator {} are the same policy: no signal".format(*roles))
-    run, done, save, metrics = start_run(args, build_parser(), parent=args.student, rollouts=rollouts)
+    run, save, metrics = start_run(args, build_parser(), args.student, rollouts)
     if not run:
         return print_once(f"{args.out}: already finished")
 
     # ---- the signal, from scores that are computed once, and then the one model that trains ----
     old_logp = score(old, rollouts, **score_options(args))
-    teacher_logp, denom_logp = (torch.zeros(1).expand_as(old_logp) if role == "none" else
-                                score(path_of.get(role, role), rollouts, **score_options(args))
-                                for role in roles)
+    teacher_logp, denom_logp = (score(path, rollouts, **score_options(args)) if path else
+                                torch.zeros(1).expand_as(old_logp) for path in paths)
     signal = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
     mean, std = whitening(values for values, _ in signal_of_responses(*signal))     # of step 0, if live
     one_writer(args.out)
     if rank == 0:
-        n_tokens = rollouts["response_offsets"].diff()[usable].sum().item()
-        statistics = signal_statistics(signal_of_responses(*signal), mean, std, n_tokens)
+        statistics = signal_statistics(signal_of_responses(*signal), mean, std, len(old_logp))
         write_json(args.out / "run.json", run | {"signal": statistics})
     exact = args.kl_coef > 0 and args.kl_kind == "exact"             # this and --max-kl: two models in memory
-    second = old if exact or args.max_kl else None
-    lm, policy, model, optimizer = build(args, save or args.student, second, rollouts)
+    lm, policy, model = build(args, save or args.student, old if exact or args.max_kl else None, rollouts)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0)
     load_moments(save, lm, optimizer)
-    kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))     # for --max-kl
-    budget = (policy, rollouts, kl_states, args.micro_tokens, args.shard)
-    if args.max_kl and done == 0 and (kl := kl_to_old(*budget)) > args.max_kl:
+    kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))
+    budget = (policy, rollouts, kl_states, args.micro_tokens)                       # of --max-kl
+    if args.max_kl and not metrics and (kl := kl_to_old(*budget)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g}")
 
     # ---- training loop ----
-    batches, lengths, bar = open_loop(args, rollouts, usable, args.steps, done)
+    done, lengths = len(metrics), rollouts["offsets"].diff()
+    batches = itertools.islice(step_batches(rollouts, usable, args.batch_prompts, args.seed), done, None)
+    bar = tqdm(total=args.steps, initial=done, desc="distill", disable=rank > 0)
     caught = defer_signals()                                            # a signal waits for the end of a step
     for step in range(done + 1, args.steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()  # of the whole step, on every rank
-        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), {}
+        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world), Counter()
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1       # DDP: one all-reduce per step
             idx = batch[micro]
@@ -186,87 +181,58 @@ def main():
             loss = distill_loss(logp, entropy, old_lp, a_hat, mask, args.clip, args.kl_coef,
                                 args.entropy_coef, exact_kl) / n_tokens             # Eq. 9
             (loss * world).backward()                               # DDP averages over ranks; we want the sum
-            add(sums, loss=loss.detach(),
-                **token_sums(logp, entropy, old_lp, mask, reward, a_hat, args.clip, args.clip))
-        idle_turns(args.shard, model, shares, rank, exact)
+            sums.update(token_sums(loss, logp, entropy, old_lp, mask, reward, a_hat, args.clip, args.clip))
+        idle_turns(model, shares, rank, exact)
         grad_norm, sums = clip_gradients(lm, args.max_grad_norm), reduce_sums(sums)
-        stop_if_not_finite(step, sums, grad_norm, rollouts, batch, old_logp, teacher_logp)
-        inside = keep_inside(lm, optimizer) if args.max_kl else None
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
+        inside = copy.deepcopy((lm.state_dict(), optimizer.state_dict())) if args.max_kl else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         kl = kl_to_old(*budget) if args.max_kl else None
         if args.max_kl and kl > args.max_kl:                     # Eq. 7: back into the trust region, and done
-            go_back(lm, optimizer, inside)
-            print_once(f"step {step:03d} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: "
-                       f"final is step {step - 1}")
+            lm.load_state_dict(inside[0])
+            optimizer.load_state_dict(inside[1])
+            print_once(f"step {step} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: it is not taken")
             break
         more = {"signal_mean": mean, "signal_std": std, "kl_new_old": kl}
         end_step(args, step, args.steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
                  lm, tokenizer, optimizer)
-    save_step(args.out, "final", lm, tokenizer, optimizer, len(metrics), metrics, args.save_every)
+    save_step(args.out, "final", lm, tokenizer, optimizer, metrics, args.save_every)
 
 
 # ---- machinery: nothing below is about the method ----------------------------------------------------------
 
-def kl_to_old(policy, rollouts, indices, micro_tokens, shard=False):
-    """Mean KL(pi || pi_old) over the whole vocabulary at the response tokens of `indices`, nats per token.
-
-    Not from the old samples: their estimate misses mass that leaks to tokens that nobody sampled. Ranks share
-    it.
-    """
+def kl_to_old(policy, rollouts, indices, micro_tokens):
+    """Mean KL(pi || pi_old) in nats over the whole vocabulary at the response tokens of `indices`."""
     rank, world, device = setup_ddp()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    sums, shares = Counter(), micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world)
     with torch.no_grad():
-        shares = micro_batches(rollouts["offsets"].diff()[indices], micro_tokens, world, shard)
         for micro in shares[rank]:
             input_ids, mask = pad_responses(rollouts, indices[micro], device)
             kl = policy(input_ids, mask, exact_kl=True)[2]
-            total += torch.stack([kl.double().sum(), mask.double().sum()])
-        for _ in range(shard * (len(shares[0]) - len(shares[rank]))):
-            policy(*idle_inputs(device), exact_kl=True)
-    if world > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def keep_inside(lm, optimizer):
-    """Weights (on the host) and Adam state before an update that may leave the trust region."""
-    weights = [local(p).detach().to("cpu", copy=True) for p in lm.parameters()]
-    return weights, copy.deepcopy(optimizer.state_dict())
-
-
-def go_back(lm, optimizer, inside):
-    with torch.no_grad():
-        for p, kept in zip(lm.parameters(), inside[0], strict=True):
-            local(p).copy_(kept)
-    optimizer.load_state_dict(inside[1])
+            sums.update(kl=kl.double().sum(), tokens=mask.double().sum())
+        idle_turns(policy, shares, rank, True)
+    sums = reduce_sums(sums)
+    return sums["kl"] / sums["tokens"]
 
 
 def signal_statistics(responses, mean, std, tokens):
-    """What run.json keeps of the raw signal: moments, percentiles, and a histogram by kind of response (Fig.
-    10).
+    """Of the raw signal, for run.json: moments, percentiles, histograms by kind of response (Fig. 10).
 
-    responses: of signal_of_responses, with `tokens` tokens in all. The percentiles are of every n-th token, n
-    such that a million are left: exact up to two million tokens.
+    Percentiles are of every n-th token of a response, a million in all: exact up to two million `tokens`.
     """
     edges, every = torch.linspace(-5, 5, 51, dtype=torch.float64), max(1, tokens // 10 ** 6)
-    histogram = {kind: torch.zeros(len(edges) - 1, dtype=torch.float64) for kind in (True, False)}
-    sample, seen, fourth, below, positives = [], 0, 0.0, 0, 0
+    histogram, sample, fourth = {True: torch.zeros(50), False: torch.zeros(50)}, [], 0.0
     for signal, positive in responses:
         values = signal.double()
-        sample.append(values[-seen % every::every].clone())                       # a view would keep them all
-        seen += len(values)
+        sample.append(values[::every].clone())                                  # a view would keep them all
         fourth += ((values - mean) / (std + 1e-8)).pow(4).sum().item()
-        histogram[positive] += torch.histogram(values.clamp(-5, 5), edges).hist     # the ends: all beyond
-        below += positive * (values < 0).sum().item()
-        positives += positive * len(values)
-    ranked = torch.cat(sample).sort().values
-    at = {q: min(len(ranked) - 1, int(len(ranked) * q / 100)) for q in (1, 50, 99)}
-    return {"mean": mean, "std": std, **{f"p{q}": ranked[i].item() for q, i in at.items()},
-            "kurtosis": fourth / tokens, "histogram_edges": edges.tolist(),
-            "share_below_zero_on_positives": below / positives if positives else math.nan,
-            "histogram_positive": histogram[True].tolist(), "histogram_negative": histogram[False].tolist()}
+        histogram[positive] = histogram[positive] + torch.histogram(values.clamp(-5, 5), edges).hist
+    ranked, count = torch.cat(sample).sort().values, sum(histogram.values()).sum().item()
+    return {"mean": mean, "std": std, "kurtosis": fourth / count, "histogram_edges": edges.tolist(),
+            "histogram_positive": histogram[True].tolist(), "histogram_negative": histogram[False].tolist(),
+            **{f"p{q}": ranked[len(ranked) * q // 100].item() for q in (1, 50, 99)}}
 
 
 if __name__ == "__main__":

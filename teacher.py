@@ -18,15 +18,15 @@ Read next: distill.py.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict, set_optimizer_state_dict)
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -46,7 +46,7 @@ from transformers import AutoConfig
 
 from rollout import (STOP_SIGNALS, InputError, Parser, RunError, check_positive, checkpoint_fingerprint,
                      input_errors, join_shards, load_lm, load_shards, load_tokenizer, one_writer, ranks,
-                     read_json, read_tensors, remove, resolve_checkpoint, run_main, tokenizer_fingerprint,
+                     read_json, read_tensors, resolve_checkpoint, run_main, tokenizer_fingerprint,
                      write_atomic, write_json)
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------
@@ -74,7 +74,7 @@ class HeadLogps(torch.autograd.Function):
             w = weight[v:v + VOCAB_TILE].to(hidden.dtype)
             for row in range(0, len(hidden), chunk):
                 i = slice(row, row + chunk)
-                z = tile_logits(hidden[i], w, temperature, wide)        # (C, tile)
+                z = product(hidden[i], w.T, wide).to(wide).div_(temperature)        # (C, tile)
                 new_top = torch.maximum(top[i], z.amax(1))
                 here = targets[i] - v
                 inside = (here >= 0) & (here < len(w))
@@ -102,7 +102,8 @@ class HeadLogps(torch.autograd.Function):
             grad_w = torch.zeros(w.shape, dtype=ctx.wide, device=w.device)
             for row in range(0, len(hidden), ctx.chunk):
                 i = slice(row, row + ctx.chunk)
-                log_p = tile_logits(hidden[i], w, ctx.temperature, ctx.wide).sub_(log_z[i, None])
+                z = product(hidden[i], w.T, ctx.wide).to(ctx.wide).div_(ctx.temperature)
+                log_p = z.sub_(log_z[i, None])
                 p = log_p.exp()             # both formulas, sorted by powers of log p:
                 grad_z = log_p.mul_(at_log_p[i, None]).add_(at_all[i, None]).mul_(p)
                 here = targets[i] - v
@@ -113,12 +114,6 @@ class HeadLogps(torch.autograd.Function):
                 grad_w += product(grad_z.T, hidden[i], ctx.wide)
             grad_weight[v:v + VOCAB_TILE] = grad_w
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
-
-
-def tile_logits(hidden, weight, temperature, wide):
-    """(C, D) x (tile, D) -> (C, tile), the logits divided by the temperature, in `wide`."""
-    z = product(hidden, weight.T, wide).to(wide)
-    return z if temperature == 1 else z.div_(temperature)
 
 
 def product(a, b, wide):
@@ -139,8 +134,7 @@ def logps_from_hidden(hidden, weight, targets, temperature=1.0, chunk=1024, with
 def exact_kl_from_hidden(hidden, weight, old_hidden, old_weight, temperature=1.0):
     """KL(pi || pi_old) in nats over the whole vocabulary at each of N states: [N], differentiable.
 
-    ours: the estimate from sampled tokens misses mass that leaks to tokens that nobody sampled; this sum sees
-    it.
+    ours: the estimate from sampled tokens misses mass that leaks to tokens nobody sampled; this sum sees it.
     """
     def rows_kl(h, h_old, w, w_old):
         wide = torch.promote_types(h.dtype, torch.float32)
@@ -160,24 +154,21 @@ def forward_dtype(device):
 
 
 def hidden_states(model, input_ids):
-    """Last hidden states (B, T-1, D) that predict tokens 1 to T-1. Attention is causal: padding needs no
-    mask."""
-    device, dtype = input_ids.device, forward_dtype(input_ids.device)
+    """Last hidden states (B, T-1, D), for tokens 1 to T-1. Attention is causal: padding needs no mask."""
+    device, low = input_ids.device, forward_dtype(input_ids.device) == torch.bfloat16
     # no cache: it would hold a bf16 copy of every weight until the end, and each is used once
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+    with torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
         embedded = model.base_model.get_input_embeddings()(input_ids)
-        if dtype == torch.bfloat16:
-            embedded = embedded.bfloat16()            # and with it what layers add to and checkpointing keeps
+        embedded = embedded.bfloat16() if low else embedded         # and with it what checkpointing keeps
         hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
-    return hidden.bfloat16() if dtype == torch.bfloat16 else hidden
+    return hidden.bfloat16() if low else hidden
 
 
 def token_logps(model, input_ids, temperature=1.0, chunk=1024, mask=None):
-    """log pi(a_t | s_t) and the entropy of pi(. | s_t) in nats, for every token of input_ids (B, T) but the
-    first.
+    """log pi(a_t | s_t) and the entropy of pi(. | s_t) in nats, (B, T-1) each, for input_ids (B, T).
 
-    Returns two (B, T-1) tensors in fp32; with a mask (B, T-1) only its positions are computed, the others are
-    0. The distribution is the one that was sampled from: logits / temperature, not truncated by top-p.
+    With a mask (B, T-1) only its positions are computed, the others are 0. The distribution is the one that
+    was sampled from: logits / temperature, not truncated by top-p.
     """
     mask = torch.ones_like(input_ids[:, 1:]) if mask is None else mask
     return Policy(model, temperature, chunk)(input_ids, mask)[:2]
@@ -195,8 +186,7 @@ class Policy(nn.Module):
         self.old_lm = old_lm.requires_grad_(False).eval() if old_lm is not None else None
 
     def forward(self, input_ids, mask, exact_kl=False):
-        """(logp, entropy, exact KL to pi_old if asked for, else None), each (B, T-1) and 0 outside the
-        mask."""
+        """(logp, entropy, exact KL to pi_old or None), each (B, T-1) and 0 outside the mask."""
         keep, targets = mask.bool(), input_ids[:, 1:][mask.bool()]
         hidden, weight = hidden_states(self.lm, input_ids)[keep], self.lm.get_output_embeddings().weight
         flat = logps_from_hidden(hidden, weight, targets, self.temperature, self.chunk)
@@ -233,8 +223,7 @@ def ce_loss(logp, old_logp, mask, reward, beta, reduce="sum"):
 
 
 def mse_loss(logp, mask, reward, negative_weight=1.0):
-    """(pi(a|s) - R)^2 on probabilities (Eq. 10), negatives weighted by w of Table 9. Sum over response
-    tokens."""
+    """(pi(a|s) - R)^2 on probabilities (Eq. 10), negatives weighted by w of Table 9. Sum over tokens."""
     prob = logp.masked_fill(mask == 0, 0.0).clamp(max=20).exp()
     weight = torch.where(reward > 0, reward.new_tensor(1.0), negative_weight)
     return ((prob - reward[:, None]).square() * weight[:, None] * mask).sum()
@@ -246,11 +235,10 @@ def sft_loss(logp, mask, reward):
 
 
 def sapo_loss(logp, old_logp, mask, adv, tau_pos=1.0, tau_neg=1.05):
-    """Soft adaptive policy optimisation: f(r) = 4/tau sigmoid(tau (r - 1)) for the clipped ratio
-    (2511.20347).
+    """SAPO (2511.20347): f(r) = 4/tau sigmoid(tau (r - 1)) in the place of the clipped ratio.
 
-    Mean over the tokens of a response, sum over responses. Gradient weight on logp: 4 p (1-p) r with p =
-    sigmoid(tau (r-1)).
+    Mean over the tokens of a response, sum over responses. The weight of logp's gradient is 4 p (1 - p) r,
+    p = sigmoid(tau (r - 1)).
     """
     ratio = log_ratio(logp, old_logp, mask).exp()
     adv = adv[:, None].expand_as(ratio) if adv.dim() == 1 else adv
@@ -268,8 +256,7 @@ def grpo_loss(logp, old_logp, mask, adv, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
 def kl_term(d, ratio):
-    """Per-token KL(pi || pi_old) from old samples, d = log ratio: r log r + (1 - r), which is r * k3 (Table
-    5).
+    """Per-token KL(pi || pi_old) from old samples (Table 5), d = log r: r log r + (1 - r), which is r * k3.
 
     ours: E_old[r log r] is the KL; the zero-mean 1 - r makes every token's share positive.
     """
@@ -277,8 +264,7 @@ def kl_term(d, ratio):
 
 
 def group_advantages(reward, prompt_index):
-    """A = (R - mean) / (std + 1e-6) within the responses of a prompt, (B,); std unbiased; 0 for a group of
-    one."""
+    """A = (R - mean) / (std + 1e-6) among a prompt's responses, (B,); std unbiased, 0 for a single one."""
     _, group = prompt_index.unique(return_inverse=True)
     size = torch.bincount(group).to(reward.dtype)
     centred = reward - (torch.zeros_like(size).index_add_(0, group, reward) / size)[group]
@@ -289,9 +275,8 @@ def group_advantages(reward, prompt_index):
 def gae_advantages(values, reward, mask, lam_alpha=0.05):
     """Generalised advantage estimation for PPO, (B, T) like `values`, not whitened; 0 outside the mask.
 
-    The only reward is R at the last response token and gamma is 1. lambda = max(0, 1 - 1/(lam_alpha *
-    length)) for each response: longer ones look further ahead (Sec. 4.1, where the paper prints 1/(0.05 *
-    length) alone).
+    The only reward is R at the last token of a response, gamma is 1. Longer responses look further ahead:
+    lambda = max(0, 1 - 1/(lam_alpha * length)); Sec. 4.1 prints 1/(0.05 * length) alone.
     """
     lam = (1 - 1 / (lam_alpha * mask.sum(1).clamp(min=1))).clamp(min=0)             # (B,)
     adv, running, next_value = torch.zeros_like(values), torch.zeros_like(reward), torch.zeros_like(reward)
@@ -306,6 +291,122 @@ def gae_advantages(values, reward, mask, lam_alpha=0.05):
     return adv
 
 
+# ---- PPO's first phase: values of all states, before the policy trains; never two models in memory ---------
+
+class ValueNetwork(nn.Module):
+    """V(s_t), the reward to expect from state s_t: the policy's backbone with a scalar head (Sec. 4.1).
+
+    ours: the head starts with weight 0 and the mean reward as bias: the explained variance starts at 0.
+    """
+
+    def __init__(self, lm, mean_reward):
+        super().__init__()
+        self.base_model = lm.base_model                 # without the vocabulary's head: DDP would wait for it
+        self.head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1, device=lm.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, mean_reward)
+
+    def forward(self, input_ids, mask=None):
+        """[Values (B, T-1) in fp32]; position t is the state before input_ids[:, t + 1], as for logp."""
+        return [self.head(hidden_states(self, input_ids).float())[..., 0]]
+
+
+def train_values(args, rollouts, usable):
+    """(V of every response token [sum of response lengths], metrics of V); kept in OUT/value."""
+    path = args.out / "value" / "values.pt"
+    if not path.exists():
+        fit_values(args, rollouts, usable, path)
+    values = read_tensors(path, "file of values", "delete it, they will be computed again")
+    lengths = rollouts["response_offsets"].diff()
+    seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
+    variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
+    print_once(f"values: explained variance {variance:.3f}")
+    return values, {"explained_variance": variance}         # of V, not of pi(a|s) as an estimate of R
+
+
+def fit_values(args, rollouts, usable, path):
+    """Fit V to the Monte-Carlo return, which is R at every token (lambda = gamma = 1: Sec. 4.1); save it."""
+    rank, world, device = setup_ddp()
+    lm = load_policy(args.model, "cpu" if args.shard else device, args.checkpointing, args.trust_remote_code,
+                     args.offload_activations)
+    network, metrics = ValueNetwork(lm, rollouts["reward"][usable].mean().item()), []
+    del lm
+    model = parallel(network, args.shard)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.value_lr, weight_decay=0.0)
+    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
+    for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
+        batch = next(batches)
+        n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()
+        shares = micro_batches(rollouts["offsets"].diff()[batch], args.micro_tokens, world)
+        sums = Counter()
+        for i, micro in enumerate(shares[rank]):
+            model.require_backward_grad_sync = i == len(shares[rank]) - 1
+            input_ids, mask = pad_responses(rollouts, batch[micro], device)
+            reward = rollouts["reward"][batch[micro]].to(device)
+            loss = ((reward[:, None] - model(input_ids)[0]) * mask).square().sum() / n_tokens
+            (loss * world).backward()                               # DDP averages over ranks; we want the sum
+            sums.update(loss=loss.detach().double())
+        idle_turns(model, shares, rank)
+        grad_norm, sums = clip_gradients(network, args.max_grad_norm), reduce_sums(sums)
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        metrics.append(json.dumps({"step": step, "loss": sums["loss"], "grad_norm": grad_norm}) + "\n")
+    values = per_token(rollouts, network, args.micro_tokens, "values")[0]
+    if rank == 0:
+        write_atomic(path.with_name("metrics.jsonl"), lambda p: p.write_text("".join(metrics)))
+        write_atomic(path, lambda p: torch.save(values, p))
+    wait_for_all()
+
+
+def ppo_advantages(rollouts, usable, values):
+    """GAE of every response token, whitened over the usable responses, once: flat [sum of their lengths]."""
+    bounds, adv = rollouts["response_offsets"], torch.zeros_like(values)
+    for indices in micro_batches(rollouts["offsets"].diff(), 2 ** 22)[0]:      # wide: GAE is a loop over time
+        _, mask, v = pad_responses(rollouts, indices, "cpu", values)
+        where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
+        adv[where] = gae_advantages(v, rollouts["reward"][indices], mask)[mask.bool()]
+    seen = adv[usable.repeat_interleave(bounds.diff())].double()
+    return ((adv.double() - seen.mean()) / (seen.std(correction=0) + 1e-8)).float()
+
+
+# ---- batches: whole prompts per step, micro-batches of like length per rank --------------------------------
+
+def step_batches(rollouts, usable, batch_prompts, seed):
+    """Endless batches of response indices. Batches count prompts; all responses of a prompt stay together.
+
+    An epoch of 1,000 prompts at 32 is 32 steps of 31 or 32 (ours: equal parts, not a small last batch).
+    """
+    prompts = rollouts["prompt_index"][usable].unique()
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        shuffled = prompts[torch.randperm(len(prompts), generator=generator)]
+        for part in shuffled.tensor_split(math.ceil(len(prompts) / batch_prompts)):
+            yield torch.nonzero(usable & torch.isin(rollouts["prompt_index"], part))[:, 0]
+
+
+def micro_batches(lengths, micro_tokens, world=1):
+    """Split responses into micro-batches of at most `micro_tokens` padded tokens, and deal them to ranks.
+
+    lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding, and
+    dealt in order of cost (FLOPs grow with L, attention's with L^2; ours: equal at 32k): with --shard ranks
+    wait for each other in every layer, so each turn is of like cost. The first rank has the most turns.
+    """
+    if len(lengths) < world:
+        raise InputError(f"{len(lengths)} responses do not reach {world} ranks: raise --batch-prompts")
+    lengths, micros = lengths.tolist(), [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if micros[-1] and lengths[micros[-1][0]] * (len(micros[-1]) + 1) > micro_tokens:
+            micros.append([])
+        micros[-1].append(i)
+    while len(micros) % world and len(max(micros, key=len)) > 1:        # as many for every rank: none idles
+        m = micros.index(max(micros, key=len))
+        half = len(micros[m]) // 2
+        micros[m:m + 1] = [micros[m][:half], micros[m][half:]]
+    micros.sort(key=lambda micro: -sum(lengths[i] * (1 + lengths[i] / 32768) for i in micro))
+    return [[torch.tensor(micro) for micro in micros[rank::world]] for rank in range(world)]
+
+
 def shared_flags(arg):
     """The flags that mean the same in teacher.py and distill.py."""
     arg("--rollouts", type=Path, required=True, help="folder of rollout.py")
@@ -313,11 +414,9 @@ def shared_flags(arg):
     arg("--old", help="pi_old, if it is no longer at the path that the rollouts name")
     arg("--drop-truncated", action="store_true", help="leave out responses that hit the token limit")
     arg("--kl-coef", type=float, default=0.0, help="weight of a KL to pi_old (Fig. 6, Table 5)")
-    arg("--kl-kind", choices=["sampled", "exact"], default="sampled",
-        help="exact: over the whole vocabulary, keeps pi_old in memory")
+    arg("--kl-kind", choices=["sampled", "exact"], default="sampled", help="exact: keeps pi_old in memory")
     # Optimization
     arg("--micro-tokens", type=int, default=32768, help="padded tokens per forward pass; memory")
-    arg("--chunk", type=int, default=1024, help="tokens per tile of the head")
     arg("--lr", type=float, default=1e-6, help="AdamW, constant (Sec. 4.1)")
     arg("--max-grad-norm", type=float, default=1.0)
     arg("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
@@ -326,9 +425,7 @@ def shared_flags(arg):
     arg("--shard", action="store_true", help="split weights, gradients, Adam state over ranks (FSDP)")
     arg("--logp-temperature", type=float, help="temperature of the log-probs (default: the rollouts')")
     arg("--seed", type=int, default=0, help="order of the prompts")
-    # Saving
     arg("--save-every", type=int, default=10, help="steps between checkpoints")
-    arg("--fresh", action="store_true", help="delete what --out holds and start over")
     arg("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -358,7 +455,7 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     if args.steps and args.epochs:
         raise InputError("give --steps or --epochs, not both")
-    check_positive(args, "steps", "epochs", "batch_prompts", "micro_tokens", "chunk", "lr", "save_every",
+    check_positive(args, "steps", "epochs", "batch_prompts", "micro_tokens", "lr", "save_every",
                    "beta", "max_grad_norm", "value_steps", "value_lr", "logp_temperature")
     if not (0 <= args.kl_coef < math.inf and 0 <= args.negative_weight < math.inf):
         raise InputError("--kl-coef and --negative-weight must not be negative")
@@ -370,10 +467,11 @@ def main():
     # ---- data and checks: before any model is loaded ----
     rank, world, device = setup_ddp(args.shard)
     rollouts, tokenizer, old, usable = open_rollouts(args, args.model)
-    check_rewards(args, rollouts["reward"], usable)
-    if args.loss == "sft":
-        usable &= rollouts["reward"] > 0
-    run, done, save, metrics = start_run(args, build_parser(), parent=args.model, rollouts=rollouts)
+    right = rollouts["reward"] > 0
+    if not right[usable].any() or right[usable].all() and args.loss != "sft":
+        raise InputError(f"{args.rollouts}: all responses are wrong, or all are right; sample other prompts")
+    usable &= right | (args.loss != "sft")                              # SFT sees the right ones only
+    run, save, metrics = start_run(args, build_parser(), args.model, rollouts)
     if not run:
         return print_once(f"{args.out}: already finished")
 
@@ -383,26 +481,29 @@ def main():
     one_writer(args.out)
     if rank == 0:
         write_json(args.out / "run.json", run)
-        note_sampler_gap(args.rollouts, rollouts, old_logp)
+        note_sampler_gap(rollouts, old_logp)
     adv = torch.zeros_like(rollouts["reward"])                          # SAPO and GRPO: one per response
     adv[usable] = group_advantages(rollouts["reward"][usable], rollouts["prompt_index"][usable])
-    value_variance, token_adv = None, []                                # PPO: an advantage per token
+    token_adv, value_metrics = [], {}                                   # PPO: an advantage per token
     if args.loss == "ppo":
-        values, value_variance = train_values(args, rollouts, usable, rank, world, device)
+        values, value_metrics = train_values(args, rollouts, usable)
         token_adv = [ppo_advantages(rollouts, usable, values)]
     exact = args.kl_coef > 0 and args.kl_kind == "exact"              # the one case with two models in memory
-    lm, policy, model, optimizer = build(args, save or args.model, old if exact else None, rollouts)
+    lm, policy, model = build(args, save or args.model, old if exact else None, rollouts)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0)
     load_moments(save or (args.optimizer_from and args.optimizer_from / "final"), lm, optimizer)
-    n_prompts = len(rollouts["prompt_index"][usable].unique())
-    steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
 
     # ---- training loop ----
-    batches, lengths, bar = open_loop(args, rollouts, usable, steps, done)
+    done, n_prompts = len(metrics), len(rollouts["prompt_index"][usable].unique())
+    steps = args.steps or max(1, round((args.epochs or 2) * math.ceil(n_prompts / args.batch_prompts)))
+    batches = itertools.islice(step_batches(rollouts, usable, args.batch_prompts, args.seed), done, None)
+    lengths = rollouts["offsets"].diff()                                # of prompt and response
+    bar = tqdm(total=steps, initial=done, desc="teacher", disable=rank > 0)
     caught = defer_signals()                                            # a signal waits for the end of a step
     for step in range(done + 1, steps + 1):
         start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()          # of all ranks
-        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world, args.shard), {}
+        shares, sums = micro_batches(lengths[batch], args.micro_tokens, world), Counter()
         n_responses, implicit = len(batch), torch.zeros(len(batch), device=device)  # R(y) of each response
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1       # DDP: one all-reduce per step
@@ -429,32 +530,28 @@ def main():
                 loss = loss + args.kl_coef * (kl * mask).sum() / n_tokens
             (loss * world).backward()                               # DDP averages over ranks; we want the sum
             pushes = a if args.loss == "ppo" else 2 * reward - 1
-            add(sums, loss=loss.detach(),
-                **token_sums(logp, entropy, old_lp, mask, reward, pushes, CLIP_LOW, CLIP_HIGH))
+            sums.update(token_sums(loss, logp, entropy, old_lp, mask, reward, pushes, CLIP_LOW, CLIP_HIGH))
             implicit[micro.to(device)] = implicit_reward(logp.detach(), ref_lp, mask, args.beta, args.reduce)
-        idle_turns(args.shard, model, shares, rank, exact)
+        idle_turns(model, shares, rank, exact)
         grad_norm, sums = clip_gradients(lm, args.max_grad_norm), reduce_sums(sums)
-        stop_if_not_finite(step, sums, grad_norm, rollouts, batch, old_logp, ref_logp)
+        stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        more = ce_metrics(implicit, rollouts, batch) if args.loss == "ce" else {}
-        if args.loss == "ppo":
-            more = {"explained_variance": value_variance}           # of V, not of pi(a|s) as an estimate of R
+        more = ce_metrics(implicit, rollouts, batch) if args.loss == "ce" else value_metrics
         end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
                  lm, tokenizer, optimizer)
-    save_step(args.out, "final", lm, tokenizer, optimizer, steps, metrics, args.save_every)
+    save_step(args.out, "final", lm, tokenizer, optimizer, metrics, args.save_every)
 
 
 # ---- machinery: nothing below is about the method ----------------------------------------------------------
 
-# data: whole responses, right-padded
+# data, checkpoints and scores
 
 def load_rollouts(folder):
     """The responses of a rollouts folder, read and fingerprinted once a run. Also used by evaluate.py.
 
-    What is per response is joined (join_shards); token ids stay in the memory-mapped shards, whose pages the
-    ranks of a machine share: `response_ids` finds them.
+    What is per response is joined; token ids stay in the memory-mapped shards, whose pages ranks share.
     """
     shards = load_shards(folder)
     sizes = torch.tensor([0, *(len(s["reward"]) for s in shards)])
@@ -468,8 +565,7 @@ def load_rollouts(folder):
 
 
 def response_ids(rollouts, index):
-    """Token ids of a response with its prompt: a view of its memory-mapped shard. Also used by
-    evaluate.py."""
+    """Token ids of a response with its prompt: a view of its shard. Also used by tests/paper."""
     number = torch.searchsorted(rollouts["first"], index, right=True) - 1
     shard, within = rollouts["shards"][number], index - rollouts["first"][number]
     return shard["input_ids"][shard["offsets"][within]:shard["offsets"][within + 1]]
@@ -489,51 +585,81 @@ def pad_responses(rollouts, indices, device, *token_values):
     return [x.to(device) for x in (input_ids, mask.float(), *padded)]
 
 
-def step_batches(rollouts, usable, batch_prompts, seed):
-    """Endless batches of response indices. Batches count prompts; all responses of a prompt stay together.
+def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
+    """A causal LM in fp32: bf16 rounds most updates of lr 1e-6 away. offload: into the host's memory."""
+    lm = load_lm(path, torch.float32, trust_remote_code)
+    if checkpointing:
+        kept = {"offload": True} if offload and torch.cuda.is_available() else {}
+        lm.gradient_checkpointing_enable({"use_reentrant": False}, **kept)
+    return lm.to(device).train()                         # train(): else no checkpointing; there is no dropout
 
-    An epoch of 1,000 prompts at 32 is 32 steps of 31 or 32 (ours: equal parts, not a small last batch).
+
+def per_token(rollouts, model, micro_tokens, desc):
+    """What model(input_ids, mask) gives per token: (rows, sum of response lengths). Ranks share it."""
+    rank, world, device = setup_ddp()
+    bounds, flat = rollouts["response_offsets"], None
+    shares = micro_batches(rollouts["offsets"].diff(), micro_tokens, world)
+    with torch.no_grad():
+        for indices in tqdm(shares[rank], desc=desc, disable=rank > 0, leave=False):
+            input_ids, mask = pad_responses(rollouts, indices, device)
+            rows = [x[mask.bool()] for x in model(input_ids, mask) if x is not None]
+            flat = torch.zeros(len(rows), int(bounds[-1]), device=device) if flat is None else flat
+            where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices]).to(device)
+            flat[:, where] = torch.stack(rows)
+        idle_turns(model, shares, rank)
+    if world > 1:
+        dist.all_reduce(flat)                               # each token was computed by one rank
+    return flat.cpu()
+
+
+def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, with_entropy=False, shard=False,
+          trust_remote_code=False):
+    """log pi(a|s) of every response token, flat fp32; with_entropy: (logp, entropy). Also in evaluate.py.
+
+    Computed once and kept in ROLLOUTS/scores under the fingerprints of checkpoint and rollouts and the
+    temperature (default: the one sampled with). rollouts: their folder, or what load_rollouts read.
     """
-    prompts = rollouts["prompt_index"][usable].unique()
-    n_steps, epoch = math.ceil(len(prompts) / batch_prompts), 0
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        for part in prompts[torch.randperm(len(prompts), generator=generator)].tensor_split(n_steps):
-            yield torch.nonzero(usable & torch.isin(rollouts["prompt_index"], part))[:, 0]
-        epoch += 1
+    rollouts = rollouts if isinstance(rollouts, dict) else load_rollouts(rollouts)
+    rank, _, device = setup_ddp()
+    temperature = rollouts["meta"]["temperature"] if temperature is None else temperature
+    if not 0 < temperature < math.inf:
+        raise InputError(f"{rollouts['folder']} was sampled greedily, no log-probs: give --logp-temperature")
+    name = f"{checkpoint_fingerprint(checkpoint)[:16]}-{rollouts['fingerprint'][:16]}-T{temperature:g}.pt"
+    path = rollouts["folder"] / "scores" / name
+    missing = torch.tensor(int(not path.exists()), device=device)
+    if dist.is_initialized():
+        dist.broadcast(missing, 0)                       # another job may write the file while the ranks look
+    if missing:
+        check_tokenizer(checkpoint, rollouts, trust_remote_code)
+        lm = load_policy(checkpoint, "cpu" if shard else device, trust_remote_code=trust_remote_code)
+        policy = Policy(lm.eval(), temperature)
+        if shard:
+            parallel(policy, shard)
+        logp, entropy = per_token(rollouts, policy, micro_tokens, "scoring")
+        del lm, policy
+        torch.cuda.empty_cache()                            # for an engine in another process, too
+        if rank == 0:
+            scores = {"logp": logp.clone(), "entropy": entropy.clone()}             # not views of one tensor
+            write_atomic(path, lambda p: torch.save(scores, p))
+        wait_for_all()
+    kept = read_tensors(path, "score file", "delete it, it will be computed again")
+    return (kept["logp"], kept["entropy"]) if with_entropy else kept["logp"]
 
 
-def micro_batches(lengths, micro_tokens, world=1, lockstep=False):
-    """Split responses into micro-batches of at most `micro_tokens` padded tokens, and deal them to ranks.
+def score_options(args):
+    return dict(temperature=args.logp_temperature, micro_tokens=args.micro_tokens, shard=args.shard,
+                trust_remote_code=args.trust_remote_code)
 
-    lengths [n] -> per rank a list of index tensors into it. Sorted by length, so that little is padding;
-    dealt longest first to the rank with the least work (FLOPs grow with L, attention's with L^2; ours: equal
-    at 32k). lockstep (--shard): ranks wait for each other in every layer, so each turn has micro-batches of
-    like cost; the first rank has the most turns.
-    """
-    if len(lengths) < world:
-        raise InputError(f"{len(lengths)} responses do not reach {world} ranks: raise --batch-prompts")
-    micros = [[]]
-    for i in lengths.argsort(descending=True, stable=True).tolist():
-        if micros[-1] and lengths[micros[-1][0]] * (len(micros[-1]) + 1) > micro_tokens:
-            micros.append([])
-        micros[-1].append(i)
-    while len(micros) % world:                              # every rank gets as many, so that none idles
-        widest = max(range(len(micros)), key=lambda m: len(micros[m]))
-        if len(micros[widest]) == 1:
-            break
-        half = len(micros[widest]) // 2
-        micros[widest:widest + 1] = [micros[widest][:half], micros[widest][half:]]
-    cost = [sum(lengths[i].item() * (1 + lengths[i].item() / 32768) for i in m) for m in micros]
-    dealt, load = [[] for _ in range(world)], [0.0] * world
-    order = sorted(range(len(micros)), key=lambda m: -cost[m])
-    if lockstep:
-        return [[torch.tensor(micros[m]) for m in order[rank::world]] for rank in range(world)]
-    for m in order:
-        rank = min(range(world), key=lambda r: (bool(dealt[r]), load[r]))           # none stays empty
-        dealt[rank].append(torch.tensor(micros[m]))
-        load[rank] += cost[m]
-    return dealt
+
+def note_sampler_gap(rollouts, old_logp):
+    """Print mean |log-prob that the sampler reported - ours| in nats per token."""
+    total = count = start = 0
+    for shard in rollouts["shards"]:                # one at a time: together they have the size of all tokens
+        gap = (shard["sampler_logp"] - old_logp[start:start + len(shard["sampler_logp"])]).abs().double()
+        total, count = total + gap.nansum().item(), count + (~gap.isnan()).sum().item()
+        start += len(gap)
+    if count:
+        print(f"sampler against pi_old: mean |difference of log-probs| {total / count:.2e} nats per token")
 
 
 # processes: one per GPU
@@ -547,9 +673,6 @@ def setup_ddp(shard=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # if torchrun was killed meanwhile
-            host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])        # this fails at once, and
-            socket.create_connection(host, 60).close()                  # the next line in hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return rank, world, device
 
@@ -564,51 +687,38 @@ def print_once(text):
         print(text)
 
 
-def fingerprint(checkpoint):
-    """checkpoint_fingerprint on every rank; tens of GB are hashed by the first rank only. All ranks must call
-    it."""
-    answer = [None]
-    if ranks()[0] == 0:
-        try:
-            answer = [checkpoint_fingerprint(checkpoint)]
-        except InputError as error:
-            answer = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    return answer[0]
+def build(args, start, old, rollouts):
+    """(lm, policy, model): the model that trains, bare, as Policy with `old` beside it, and on all ranks."""
+    device = "cpu" if args.shard else setup_ddp()[2]        # sharding puts each rank's part on its GPU
+    lm = load_policy(start, device, args.checkpointing, args.trust_remote_code, args.offload_activations)
+    old_lm = load_policy(old, device, trust_remote_code=args.trust_remote_code) if old else None
+    policy = Policy(lm, args.logp_temperature or rollouts["meta"]["temperature"], old_lm=old_lm)
+    return lm, policy, parallel(policy, args.shard)
 
 
-def shard_over_ranks(model):
-    """Each rank keeps its part of weights, gradients and Adam state, in fp32, and gathers a layer to run it
-    (FSDP).
+def parallel(module, shard):
+    """The module in DDP, or with --shard in FSDP: a rank keeps its part and gathers a layer to run it.
 
-    Gradients are averaged over ranks as in DDP, but after every micro-batch: kept whole until the end of the
-    step they would need the memory that is to be saved.
+    FSDP averages gradients over ranks as DDP does, but after every micro-batch: kept whole until the end of
+    the step they would need the memory that is to be saved.
     """
-    for part in list(model.modules()):
+    if not shard:
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if ranks()[1] > 1 else module
+    for part in list(module.modules()):
         if isinstance(getattr(part, "layers", None), nn.ModuleList):
             for layer in part.layers:
                 fully_shard(layer)
-    return fully_shard(model, reshard_after_forward=True)   # embedding, last norm and head
+    return fully_shard(module, reshard_after_forward=True)  # embedding, last norm and head
 
 
-def idle_inputs(device):
-    """A micro-batch without a response: a rank that is done early still hands out its part of the weights."""
-    return torch.zeros(1, 2, dtype=torch.long, device=device), torch.zeros(1, 1, device=device)
-
-
-def idle_turns(shard, model, shares, rank, *options):
-    """With --shard: join the turns of a step in which only other ranks have a micro-batch. Also in
-    distill.py."""
-    for _ in range(shard * (len(shares[0]) - len(shares[rank]))):
-        (model(*idle_inputs(next(model.parameters()).device), *options)[0].sum() * 0).backward()
-
-
-def local(x):
-    """This rank's part of a tensor; all of it unless --shard. Also used by distill.py."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def idle_turns(model, shares, rank, *options):
+    """FSDP: a rank without a micro-batch in the others' last turn still hands out its part of the weights."""
+    device, turns = setup_ddp()[2], len(shares[0]) - len(shares[rank])
+    for _ in range(turns * isinstance(model, FSDPModule)):
+        ids, mask = torch.zeros(1, 2, dtype=torch.long, device=device), torch.zeros(1, 1, device=device)
+        nothing = model(ids, mask, *options)[0].sum() * 0
+        if nothing.requires_grad:
+            nothing.backward()
 
 
 def clip_gradients(model, largest):
@@ -617,114 +727,19 @@ def clip_gradients(model, largest):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-# checkpoints and scores
-
-def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
-    """A causal LM with fp32 parameters: at lr 1e-6 bf16 weights would round most updates away. Raises
-    InputError.
-
-    offload: what checkpointing keeps waits in the memory of the host.
-    """
-    lm, options = load_lm(path, torch.float32, trust_remote_code), {"use_reentrant": False}
-    if checkpointing:
-        offload = {"offload": True} if offload and torch.cuda.is_available() else {}
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **offload)
-    return lm.to(device).train()                         # train(): else no checkpointing; there is no dropout
+def memory_advice(args):
+    """What to change when memory was not enough, the cheapest first. Also used by distill.py."""
+    return (f"try --micro-tokens {args.micro_tokens // 2}; a response is never split: if the longest is too "
+            f"long, --checkpointing --offload-activations --shard")
 
 
-def per_token(rollouts, compute, micro_tokens, desc, shard=False):
-    """compute(input_ids, mask) -> tensors (B, T-1), over all responses: (rows, sum of response lengths).
-
-    No gradient. All ranks share the work and get the whole result; all must call it.
-    """
-    rank, world, device = setup_ddp()
-    bounds, flat = rollouts["response_offsets"], None
-    with torch.no_grad():
-        shares = micro_batches(rollouts["offsets"].diff(), micro_tokens, world, shard)
-        for indices in tqdm(shares[rank], desc=desc, disable=rank > 0, leave=False):
-            input_ids, mask = pad_responses(rollouts, indices, device)
-            rows = compute(input_ids, mask)
-            flat = torch.zeros(len(rows), int(bounds[-1]), device=device) if flat is None else flat
-            where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices]).to(device)
-            flat[:, where] = torch.stack([x[mask.bool()] for x in rows])
-        for _ in range(shard * (len(shares[0]) - len(shares[rank]))):
-            compute(*idle_inputs(device))
-    if world > 1:
-        dist.all_reduce(flat)                               # each token was computed by one rank
-    return flat.cpu()
-
-
-def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, chunk=1024, with_entropy=False,
-          trust_remote_code=False, shard=False):
-    """log pi(a|s) of every response token under a checkpoint: flat fp32 [sum of response lengths],
-    memory-mapped.
-
-    rollouts: their folder, or what load_rollouts read from it. Computed once and kept in ROLLOUTS/scores
-    under the fingerprints of both and the temperature (default: the one sampled with). Under torchrun the
-    ranks share the work; all must call it. with_entropy: (logp, entropy in nats).
-    """
-    rollouts = rollouts if isinstance(rollouts, dict) else load_rollouts(rollouts)
-    rank, _, device = setup_ddp()
-    temperature = rollouts["meta"]["temperature"] if temperature is None else temperature
-    if not 0 < temperature < math.inf:
-        raise InputError(f"{rollouts['folder']} was sampled greedily, no log-probs: give --logp-temperature")
-    key = {"version": 1, "checkpoint": fingerprint(checkpoint), "rollouts": rollouts["fingerprint"],
-           "temperature": temperature}
-    name = f"{key['checkpoint'][:16]}-{key['rollouts'][:16]}-T{temperature:g}.pt"
-    path = rollouts["folder"] / "scores" / name
-    missing = torch.tensor(int(not path.exists()), device=device)
-    if dist.is_initialized():
-        dist.broadcast(missing, 0)                       # another job may write the file while the ranks look
-    if missing:
-        check_tokenizer(checkpoint, rollouts, trust_remote_code)
-        lm = load_policy(checkpoint, "cpu" if shard else device, trust_remote_code=trust_remote_code)
-        policy = Policy(lm.eval(), temperature, chunk)
-        if shard:
-            shard_over_ranks(policy)
-        values = per_token(rollouts, lambda *inputs: policy(*inputs)[:2], micro_tokens, "scoring", shard)
-        del lm, policy
-        if device.type == "cuda":
-            torch.cuda.empty_cache()                        # for an engine in another process, too
-        if rank == 0:
-            scores = key | {"logp": values[0].clone(), "entropy": values[1].clone()}
-            write_atomic(path, lambda p: torch.save(scores, p))
-        wait_for_all()
-    kept = read_tensors(path, "score file", "delete it, it will be computed again")
-    if not isinstance(kept, dict) or any(kept.get(k) != key[k] for k in key) or any(
-            len(kept.get(k, ())) != rollouts["response_offsets"][-1] for k in ("logp", "entropy")):
-        raise InputError(f"{path} belongs to other files: delete it, it will be computed again")
-    return (kept["logp"], kept["entropy"]) if with_entropy else kept["logp"]
-
-
-def score_options(args):
-    return dict(temperature=args.logp_temperature, micro_tokens=args.micro_tokens, chunk=args.chunk,
-                trust_remote_code=args.trust_remote_code, shard=args.shard)
-
-
-def note_sampler_gap(folder, rollouts, old_logp):
-    """Print mean |log-prob that the sampler reported - ours| in nats per token, and keep it in
-    rollouts.json."""
-    total = count = start = 0
-    for shard in rollouts["shards"]:                # one at a time: together they have the size of all tokens
-        reported = shard["sampler_logp"]
-        distance = (reported - old_logp[start:start + len(reported)]).abs().double()
-        total, count = total + distance.nansum().item(), count + (~distance.isnan()).sum().item()
-        start += len(reported)
-    if count:
-        print(f"sampler against pi_old: mean |difference of log-probs| {total / count:.2e} nats per token")
-        if (folder / "rollouts.json").exists():
-            kept = read_json(folder / "rollouts.json", "delete it, rollout.py writes it again")
-            summary = kept.get("summary", {}) | {"sampler_gap": total / count}
-            write_json(folder / "rollouts.json", kept | {"summary": summary})
-
-
-# what a run is started with
+# starting, saving and resuming
 
 def open_rollouts(args, *checkpoints):
     """(rollouts, tokenizer of the first checkpoint, path of pi_old, which responses are trained on [n])."""
     rollouts = load_rollouts(args.rollouts)
     tokenizer, *_ = [check_tokenizer(path, rollouts, args.trust_remote_code) for path in checkpoints]
-    usable = ~rollouts["truncated"] if args.drop_truncated else torch.ones_like(rollouts["truncated"])
+    usable = ~(rollouts["truncated"] & args.drop_truncated)
     if not usable.any():
         raise InputError(f"{args.rollouts}: every response is truncated; leave out --drop-truncated")
     return rollouts, tokenizer, find_old(rollouts, args.old), usable
@@ -734,313 +749,123 @@ def check_tokenizer(model, rollouts, trust_remote_code=False):
     """Tokenizer of a checkpoint; InputError if the rollouts' token ids mean something else to it."""
     tokenizer = load_tokenizer(model, trust_remote_code)
     if tokenizer_fingerprint(tokenizer) != rollouts["meta"].get("tokenizer_fingerprint"):
-        raise InputError(f"{model} has another tokenizer than {rollouts['meta']['model']}, which wrote the "
-                         f"rollouts: use a checkpoint of the same family, or sample again with this one")
+        raise InputError(f"{model} has another tokenizer than the rollouts: use a checkpoint of their family")
     with input_errors(f"{model} has no usable config.json"):
         config = AutoConfig.from_pretrained(resolve_checkpoint(model), trust_remote_code=trust_remote_code)
-        rows = config.get_text_config().vocab_size
-    if max(s["input_ids"].max() for s in rollouts["shards"]) >= rows:
+    if max(s["input_ids"].max() for s in rollouts["shards"]) >= config.get_text_config().vocab_size:
         raise InputError(f"{model} has no weights for all token ids of the rollouts: use its own tokenizer's")
     return tokenizer
 
 
 def find_old(rollouts, old=None):
-    """Path of pi_old, the policy that wrote the rollouts: --old, or the path in their meta; known by its
-    content."""
-    path, hint = old or rollouts["meta"]["model"], "give the checkpoint that wrote the rollouts with --old"
+    """Path of pi_old, which wrote the rollouts: --old, or the one in their meta; known by its content."""
+    path = old or rollouts["meta"]["model"]
     try:
-        found = fingerprint(path)
-    except InputError as error:
-        raise InputError(f"pi_old of the rollouts, {path}, cannot be read: {hint}") from error
+        found = checkpoint_fingerprint(path)
+    except InputError:
+        found = None
     if found != rollouts["meta"]["model_fingerprint"]:
-        raise InputError(f"{path} is not the policy that wrote the rollouts (its content differs): {hint}")
+        raise InputError(f"{path} is not the policy that wrote the rollouts, or is gone: give it with --old")
     return path
 
 
-def check_rewards(args, reward, usable):
-    """InputError if there is nothing to learn from, or no Adam state to carry over."""
-    for name, count in (("right", (usable & (reward > 0)).sum()), ("wrong", (usable & (reward == 0)).sum())):
-        if count == 0 and not (args.loss == "sft" and name == "wrong"):
-            raise InputError(f"{args.rollouts} has no {name} response to learn from; sample other prompts")
-    if args.optimizer_from:
-        read_state(args.optimizer_from / "final")
-
-
-def build(args, start, old, rollouts):
-    """(lm, policy, model, optimizer): the model that trains, bare, as Policy with old beside it, and in DDP
-    or FSDP."""
-    _, world, device = setup_ddp()
-    home = "cpu" if args.shard else device                  # sharding puts each rank's part on its GPU
-    lm = load_policy(start, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
-    old_lm = load_policy(old, home, trust_remote_code=args.trust_remote_code) if old else None
-    policy = Policy(lm, args.logp_temperature or rollouts["meta"]["temperature"], args.chunk, old_lm)
-    optimizer, model = wrap(args, policy, lm, args.lr)
-    return lm, policy, model, optimizer
-
-
-def wrap(args, module, trained, lr):
-    """(AdamW of `trained`, module in DDP or FSDP)."""
-    _, world, _ = setup_ddp()
-    model = (shard_over_ranks(module) if args.shard else
-             DistributedDataParallel(module, gradient_as_bucket_view=True) if world > 1 else module)
-    return torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0), model
-
-
-def open_loop(args, rollouts, usable, steps, done):
-    """(batches from the next step on, lengths of the responses with their prompts, progress bar)."""
-    rank, world, _ = setup_ddp()
-    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
-    lengths = rollouts["offsets"].diff()
-    bar = tqdm(total=steps, initial=done, desc=Path(sys.argv[0]).stem, disable=rank > 0)
-    if rank == 0:
-        first = lengths[next(step_batches(rollouts, usable, args.batch_prompts, args.seed))]
-        bar.write(split_summary(first, args.micro_tokens, world, args.shard))
-    for _ in range(done):
-        next(batches)
-    return batches, lengths, bar
-
-
-def split_summary(lengths, micro_tokens, world, lockstep=False):
-    """How responses of `lengths` tokens, those of the first step, are split: one line for the log."""
-    shares = micro_batches(lengths, micro_tokens, world, lockstep)
-    padded = sum(len(m) * lengths[m].max().item() for share in shares for m in share)
-    work = [sum((lengths[m] * (1 + lengths[m] / 32768)).sum().item() for m in share) for share in shares]
-    return (f"first step: {sum(map(len, shares))} micro-batches on {world} rank(s), "
-            f"{100 * (1 - lengths.sum().item() / padded):.1f} % padding, "
-            f"ranks {100 * sum(work) / world / max(work):.0f} % balanced")
-
-
-def memory_advice(args):
-    """What to change when memory was not enough, the cheapest first. Also used by distill.py."""
-    if not args.checkpointing:
-        return "leave out --no-checkpointing"
-    flags = {"--offload-activations": args.offload_activations, "--shard": args.shard}
-    others = " ".join(flag for flag, given in flags.items() if not given)
-    return (f"try --micro-tokens {args.micro_tokens // 2}; a single response is never split, so if the "
-            f"longest one is what does not fit: {others or 'more GPUs'}")
-
-
-# PPO's first phase: values of all states, before the policy trains; never two models in memory
-
-class ValueNetwork(nn.Module):
-    """V(s_t), the reward that is to be expected from state s_t: the policy's backbone, a scalar head (Sec.
-    4.1).
-
-    ours: the head starts with weight 0 and the mean reward as bias: the explained variance starts at 0.
-    """
-
-    def __init__(self, lm, mean_reward):
-        super().__init__()
-        self.base_model = lm.base_model                 # without the vocabulary's head: DDP would wait for it
-        self.head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1, device=lm.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, mean_reward)
-
-    def forward(self, input_ids, mask=None):
-        """[Values (B, T-1) in fp32]; position t is the state before input_ids[:, t + 1], as for logp."""
-        return [self.head(hidden_states(self, input_ids).float())[..., 0]]
-
-
-def train_values(args, rollouts, usable, rank, world, device):
-    """(V of every response token [sum of response lengths], its explained variance); kept in OUT/value."""
-    path = args.out / "value" / "values.pt"
-    if not path.exists():
-        fit_values(args, rollouts, usable, path, rank, world, device)
-    values = read_tensors(path, "file of values", "delete it, they will be computed again")
-    if len(values) != rollouts["response_offsets"][-1]:
-        raise InputError(f"{path} belongs to other rollouts: delete it")
-    lengths = rollouts["response_offsets"].diff()
-    seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
-    variance = 1 - ((returns - values)[seen].double().var() / returns[seen].double().var()).item()
-    print_once(f"values: explained variance {variance:.3f}")
-    return values, variance
-
-
-def fit_values(args, rollouts, usable, path, rank, world, device):
-    """Fit V to the Monte-Carlo return, which is R at every token (lambda = gamma = 1: Sec. 4.1); save it."""
-    reward, home = rollouts["reward"], "cpu" if args.shard else device
-    lengths, response_lengths = rollouts["offsets"].diff(), rollouts["response_offsets"].diff()
-    lm = load_policy(args.model, home, args.checkpointing, args.trust_remote_code, args.offload_activations)
-    network, metrics = ValueNetwork(lm, reward[usable].mean().item()), []
-    del lm
-    optimizer, model = wrap(args, network, network, args.value_lr)
-    batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
-    for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
-        start, batch, sums = time.time(), next(batches), {}
-        n_tokens = response_lengths[batch].sum().item()
-        shares = micro_batches(lengths[batch], args.micro_tokens, world, args.shard)
-        for i, micro in enumerate(shares[rank]):
-            model.require_backward_grad_sync = i == len(shares[rank]) - 1
-            input_ids, mask = pad_responses(rollouts, batch[micro], device)
-            r = reward[batch[micro]].to(device)[:, None]
-            residual = (r - model(input_ids)[0]) * mask                 # the return is R in every state
-            (residual.square().sum() / n_tokens * world).backward()     # DDP averages; we want the sum
-            residual = residual.detach()
-            add(sums, loss=residual.square().double().sum(), residual=residual.double().sum(),
-                reward=(r * mask).double().sum())
-        idle_turns(args.shard, model, shares, rank)
-        grad_norm, sums = clip_gradients(network, args.max_grad_norm), reduce_sums(sums)
-        stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        variance = explained_variance(n_tokens, sums["residual"], sums["loss"], sums["reward"])
-        metrics.append(json_line({
-            "step": step, "loss": sums["loss"] / n_tokens, "grad_norm": grad_norm, "tokens": n_tokens,
-            "seconds": time.time() - start, "explained_variance": variance}))
-    values = per_token(rollouts, network, args.micro_tokens, "values", args.shard)[0]
-    if rank == 0:
-        write_atomic(path.with_name("metrics.jsonl"), lambda p: p.write_text("".join(metrics)))
-        write_atomic(path, lambda p: torch.save(values, p))
-    wait_for_all()
-
-
-def ppo_advantages(rollouts, usable, values):
-    """GAE of every response token, whitened over the usable responses, once: flat [sum of response
-    lengths]."""
-    bounds, adv = rollouts["response_offsets"], torch.zeros_like(values)
-    for indices in micro_batches(rollouts["offsets"].diff(), 2 ** 22)[0]:      # wide: GAE is a loop over time
-        _, mask, v = pad_responses(rollouts, indices, "cpu", values)
-        where = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
-        adv[where] = gae_advantages(v, rollouts["reward"][indices], mask)[mask.bool()]
-    seen = adv[usable.repeat_interleave(bounds.diff())].double()
-    return ((adv.double() - seen.mean()) / (seen.std(correction=0) + 1e-8)).float()
-
-
-# starting, saving and resuming
-
-MAY_CHANGE = ("fresh", "micro_tokens", "chunk", "shard", "offload_activations")     # not the result
-
-
 def start_run(args, parser, parent, rollouts):
-    """(what OUT/run.json is to hold, step, folder and metrics of the newest save); (None, ...) if it is
-    finished.
+    """(what OUT/run.json is to hold, folder and metrics of the newest save); (None, ...) if it is finished.
 
-    InputError if OUT holds a run of other settings or content. The caller writes run.json once all input is
-    known to be good. Also used by distill.py.
+    InputError if OUT holds another run. The caller writes run.json, once all input is known to be good.
     """
-    out, hint = args.out, "use another --out, or --fresh to start over"
-    arguments = json.loads(json.dumps(vars(args), default=str))         # as they will be read back
-    facts = {"parent": fingerprint(parent), "rollouts_fingerprint": rollouts["fingerprint"]}
-    if args.fresh:
-        empty_folder(out, arguments)
+    out = args.out
+    git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    run = {"script": Path(sys.argv[0]).name, "git_commit": git or None,
+           "args": json.loads(json.dumps(vars(args), default=str)),     # as they will be read back
+           "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                        "transformers": transformers.__version__},
+           "parent": checkpoint_fingerprint(parent), "rollouts_fingerprint": rollouts["fingerprint"]}
     if (out / "run.json").exists():
-        run = read_json(out / "run.json", hint)
-        check_same_run(out, run, arguments, facts, parser, hint)
+        check_same_run(out, run, parser)
         if (out / "final").exists():
             if ranks()[0] == 0:
                 drop_states(out, "final", args.save_every)              # a kill may have come before this
-            return None, 0, None, []
+            return None, None, []
         one_writer(out)
-    else:
-        if any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in out.glob("*")):
-            raise InputError(f"{out} is not empty and holds no run.json: use another --out")
-        git = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True).stdout.strip()
-        run = {"script": Path(sys.argv[0]).name, "args": arguments, "git_commit": git or None, "versions": {
-            "python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__}, **facts}
+    elif any(p.suffix != ".partial" and not p.name.startswith(".writer-") for p in out.glob("*")):
+        raise InputError(f"{out} is not empty and holds no run.json: use another --out")
     wait_for_all()                                          # all have looked before the first writes
     _, save = newest_save(out)
-    state = read_state(save) if save else {"step": 0, "metrics": []}
-    return run, state["step"], save, state["metrics"]
+    return run, save, read_state(save)[1] if save else []
+
+
+def check_same_run(out, run, parser):
+    """InputError if OUT/run.json was written by another script, with other flags or from other content."""
+    hint, free = "use another --out, or delete it", ("micro_tokens", "shard", "offload_activations")
+    kept = read_json(out / "run.json", hint)
+    for key in ("script", "parent", "rollouts_fingerprint"):
+        if kept.get(key) != run[key]:
+            raise InputError(f"{out} holds a run with another {key.replace('_', ' ')}: {hint}")
+    for key, now in run["args"].items():
+        then = kept["args"].get(key, parser.get_default(key))           # a flag that it lacks had its default
+        if then != now and key not in free:                             # free: the result stays the same
+            raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {then}, now {now}: {hint}")
 
 
 def newest_save(out):
     """(step, folder) of the newest checkpoint with optimizer state, or (0, None)."""
-    saves = [p for p in out.glob("step-*") if p.suffix != ".partial" and (p / "optimizer.pt").exists()]
+    saves = [p.parent for p in out.glob("step-*[0-9]/optimizer.pt")]
     return max(((int(p.name.split("-")[1]), p) for p in saves), default=(0, None))
 
 
-def empty_folder(out, arguments):
-    """--fresh: remove a run, but nothing that the new one needs."""
-    for k in ("model", "student", "teacher", "denominator", "old", "rollouts", "optimizer_from"):
-        needed = Path(arguments.get(k) or "/").resolve()
-        if out.resolve() in (needed, *needed.parents):
-            raise InputError(f"--fresh would delete {needed}, which --{k.replace('_', '-')} needs: use "
-                             f"another --out")
-    if (out / "run.json").exists():
-        one_writer(out)
-        if ranks()[0] == 0:
-            for old in sorted(out.iterdir(), key=lambda p: p.name == "run.json"):   # last: whose folder it is
-                if not old.name.startswith(".writer-"):     # a lock that is removed keeps nobody out
-                    remove(old)
-    wait_for_all()
-
-
-def check_same_run(out, run, arguments, facts, parser, hint):
-    """InputError if a run.json was written by other flags or other content; a flag it lacks had its
-    default."""
-    script = Path(sys.argv[0]).name
-    if run.get("script") != script or not isinstance(run.get("args"), dict):
-        raise InputError(f"{out} holds a run of {run.get('script')}, not of {script}: {hint}")
-    for k, now in arguments.items():
-        then = run["args"].get(k, parser.get_default(k))
-        if k not in MAY_CHANGE and then != now:
-            raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {then}, now {now}: {hint}")
-    for k in facts:
-        if run.get(k) != facts[k]:
-            raise InputError(f"{out} holds a run with another {k.replace('_', ' ')} (new content): {hint}")
-
-
 def read_state(save):
-    """{step, optimizer, metrics} of a checkpoint folder of ours; InputError if it is damaged or another's."""
-    hint = "delete that folder to continue from the one before, or use --fresh to start over"
-    state = read_tensors(save / "optimizer.pt", "optimizer state of a finished run", hint)
-    if not isinstance(state, dict) or save.name not in ("final", f"step-{state.get('step', 0):04d}"):
-        raise InputError(f"{save / 'optimizer.pt'} is not the optimizer state of this checkpoint: {hint}")
-    return state
+    """(Adam's state, metrics) of a checkpoint folder of ours; InputError if it is damaged or another's."""
+    hint = "delete that folder; an earlier one, or the start, takes its place"
+    with input_errors(f"{save / 'optimizer.pt'} is not the optimizer state of a finished run", hint):
+        state = torch.load(save / "optimizer.pt", weights_only=True, mmap=True)
+        return state["optimizer"], state["metrics"]
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)        # as one rank saves it, sharded or not
 
 
 def load_moments(save, lm, optimizer):
     """Adam's state of a save, whichever way it was spread over ranks, under this run's learning rate."""
-    moments = read_state(Path(save))["optimizer"] if save else {}
-    lr = optimizer.param_groups[0]["lr"]
+    moments, lr = read_state(save)[0] if save else {}, optimizer.param_groups[0]["lr"]
     if moments:
         with input_errors(f"{save} holds the optimizer state of another model"):
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            set_optimizer_state_dict(lm, optimizer, moments, options=options)
+            set_optimizer_state_dict(lm, optimizer, moments, options=WHOLE)
         optimizer.param_groups[0]["lr"] = lr
 
 
-def save_step(out, name, lm, tokenizer, optimizer, step, metrics, save_every):
-    """Save OUT/NAME with optimizer state, then drop the older state: weights stay, disk use is bounded.
-
-    An ordinary Hugging Face folder in fp32, complete or absent. All ranks must call it; with --shard each
-    gives its part. Also used by distill.py.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as rank 0 saves them, sharded or not
+def save_step(out, name, lm, tokenizer, optimizer, metrics, save_every):
+    """Save OUT/NAME, a Hugging Face folder in fp32 with Adam's state, whole or absent. All ranks call it."""
     once = {name for name, _ in (*lm.named_parameters(), *lm.named_buffers())}      # a tied head: one name
-    weights = {name: x for name, x in get_model_state_dict(lm, options=options).items() if name in once}
-    moments = get_optimizer_state_dict(lm, optimizer, options=options) if optimizer.state else {}
+    weights = {name: x for name, x in get_model_state_dict(lm, options=WHOLE).items() if name in once}
+    moments = get_optimizer_state_dict(lm, optimizer, options=WHOLE) if optimizer.state else {}
 
     def write(partial):
         lm.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         kept = metrics if name != "final" else []           # nobody resumes there; seconds would differ
-        torch.save({"step": step, "optimizer": moments, "metrics": kept}, partial / "optimizer.pt")
+        torch.save({"optimizer": moments, "metrics": kept}, partial / "optimizer.pt")
     if ranks()[0] == 0:
         if name == "final":                                 # what a killed run wrote beyond it goes
             write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
         write_atomic(out / name, write)
         drop_states(out, name, save_every)
-        size, total = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2 ** 30
-                       for folder in (out / name, out))
-        tqdm.write(f"saved {out}/{name}: {size:.3f} GiB, of {total:.3f} GiB in {out}")
+        tqdm.write(f"saved {out / name}")
     wait_for_all()
 
 
 def drop_states(out, name, save_every):
-    """Remove the optimizer states that the save `name` has made superfluous."""
-    for older in out.glob("step-*"):
-        if older.suffix != ".partial" and older.name != name:
+    """Remove the optimizer states that the save `name` has made superfluous: weights stay."""
+    for older in out.glob("step-*[0-9]"):
+        if older.name != name:
             (older / "optimizer.pt").unlink(missing_ok=True)
             if int(older.name.split("-")[1]) % save_every:  # was saved between two others because of a signal
                 shutil.rmtree(older)
 
 
 def defer_signals():
-    """A list that gets SIGTERM and Ctrl-C from now on, instead of an exception within a step. Also in
-    distill.py."""
+    """A list that gets SIGTERM and Ctrl-C from now on, instead of an exception within a step."""
     caught = []
     for number in STOP_SIGNALS:
         signal.signal(number, lambda n, _: caught.append(n))
@@ -1053,7 +878,7 @@ def end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics,
     m = {"step": step, "loss": sums["loss"], "grad_norm": grad_norm, "lr": args.lr, "tokens": n_tokens,
          "tok_per_s": n_tokens / seconds, "seconds": seconds, **step_metrics(sums), **more,
          "peak_mem_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None}
-    metrics.append(json_line(m))
+    metrics.append(json.dumps(m) + "\n")
     flag = torch.tensor(caught[0] if caught else 0, device="cuda" if cuda else "cpu")
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)            # one rank may have been sent the signal alone
@@ -1066,23 +891,13 @@ def end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics,
                   f" | {exact}entropy {m['entropy']:.3f} | clip {m['clip_frac']:.3f} | grad {grad_norm:.2f}"
                   f" | {m['tok_per_s']:,.0f} tok/s")
     if step % args.save_every == 0 or stopped:
-        save_step(args.out, f"step-{step:04d}", *to_save, step, metrics, args.save_every)
+        save_step(args.out, f"step-{step:04d}", *to_save, metrics, args.save_every)
     if stopped:
         name = signal.Signals(flag.item()).name
         raise KeyboardInterrupt(f"{name} after step {step}, which is saved in {args.out}")
 
 
 # metrics
-
-def json_line(value):
-    return json.dumps(value) + "\n"
-
-
-def add(sums, **values):
-    """Add scalars to the sums of a step, by name, in fp64."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.double()
-
 
 def reduce_sums(sums):
     """The sums of all ranks as plain numbers, by name."""
@@ -1093,76 +908,51 @@ def reduce_sums(sums):
 
 
 @torch.no_grad()
-def token_sums(logp, entropy, old_logp, mask, reward, pushes, clip_low, clip_high):
-    """Sums over response tokens behind the per-step metrics, fp64, by name. Also used by distill.py.
+def token_sums(loss, logp, entropy, old_logp, mask, reward, pushes, clip_low, clip_high):
+    """Sums over response tokens behind the metrics of a step, fp64, by name. Also used by distill.py.
 
-    pushes (B,) or (B, T-1): which way the loss pushes; a token counts as clipped if its ratio is past the
-    bound.
+    pushes (B,) or (B, T-1): which way the loss pushes; clipped is a token whose ratio is past the bound.
     """
     d = log_ratio(logp, old_logp, mask)
     ratio, prob = d.exp(), logp.masked_fill(mask == 0, 0.0).clamp(max=20).exp()
     pushes, reward = pushes[:, None] if pushes.dim() == 1 else pushes, reward[:, None]
     clipped = ((pushes > 0) & (ratio > 1 + clip_high)) | ((pushes < 0) & (ratio < 1 - clip_low))
     positive, residual = mask * (reward > 0), reward - prob
-    values = {"k3": ratio - 1 - d, "entropy": entropy, "clipped": clipped, "ratio": ratio,
+    values = {"kl_old_new": ratio - 1 - d, "entropy": entropy, "clip_frac": clipped, "ratio_mean": ratio,
               "prob_pos": prob * positive, "n_pos": positive, "prob_neg": prob * (mask - positive),
               "n_neg": mask - positive, "residual": residual, "residual2": residual.square(),
               "reward": reward.expand_as(mask)}
-    return {name: (x * mask).double().sum() for name, x in values.items()}
+    return {"loss": loss.double(), **{name: (x * mask).double().sum() for name, x in values.items()}}
 
 
 def step_metrics(sums):
-    """Per-token means with the names of metrics.jsonl. kl_old_new is k3 on the rollouts, of KL(pi_old ||
-    pi)."""
+    """Means per token, named as in metrics.jsonl. kl_old_new: k3 on the rollouts, of KL(pi_old || pi)."""
     n = sums["n_pos"] + sums["n_neg"]
-    return {"kl_old_new": sums["k3"] / n, "entropy": sums["entropy"] / n, "clip_frac": sums["clipped"] / n,
-            "ratio_mean": sums["ratio"] / n,
-            "prob_pos": sums["prob_pos"] / sums["n_pos"] if sums["n_pos"] else None,
+    means = {name: sums[name] / n for name in ("kl_old_new", "entropy", "clip_frac", "ratio_mean")}
+    var_reward = sums["reward"] / n - (sums["reward"] / n) ** 2         # of rewards of 0 or 1
+    var_residual = sums["residual2"] / n - (sums["residual"] / n) ** 2
+    return {**means, "prob_pos": sums["prob_pos"] / sums["n_pos"] if sums["n_pos"] else None,
             "prob_neg": sums["prob_neg"] / sums["n_neg"] if sums["n_neg"] else None,
-            "explained_variance": explained_variance(n, sums["residual"], sums["residual2"], sums["reward"])}
-
-
-def explained_variance(n, residual, residual2, reward):
-    """1 - Var(R - prediction) / Var(R) over n tokens, from sums (rewards are 0 or 1); None if R is
-    constant."""
-    var_reward = reward / n - (reward / n) ** 2
-    return 1 - (residual2 / n - (residual / n) ** 2) / var_reward if var_reward > 0 else None
+            "explained_variance": 1 - var_residual / var_reward if var_reward > 0 else None}
 
 
 def ce_metrics(implicit, rollouts, batch):
-    """Share of responses whose R(y) has the right sign, and of (right, wrong) pairs of a prompt in the right
-    order."""
+    """Share of responses whose R(y) has the right sign, and of a prompt's (right, wrong) pairs in order."""
     if dist.is_initialized():
         dist.all_reduce(implicit)
     implicit, reward, prompt = implicit.cpu(), rollouts["reward"][batch], rollouts["prompt_index"][batch]
+    pairs = (prompt[:, None] == prompt) & (reward[:, None] > reward)                # (B, B)
+    ordered = (pairs & (implicit[:, None] > implicit)).sum().item()
     return {"reward_acc": ((implicit > 0) == (reward > 0)).float().mean().item(),
-            "reward_pair_acc": pair_accuracy(implicit, reward, prompt)}
+            "reward_pair_acc": ordered / pairs.sum().item() if pairs.any() else None}
 
 
-def pair_accuracy(values, reward, prompt_index):
-    """Share of (right, wrong) pairs of one prompt that `values` (B,) orders rightly; None without pairs."""
-    right = total = 0
-    for i in prompt_index.unique():
-        pos, neg = values[(prompt_index == i) & (reward > 0)], values[(prompt_index == i) & (reward == 0)]
-        right += (pos[:, None] > neg).sum().item()
-        total += len(pos) * len(neg)
-    return right / total if total else None
-
-
-def stop_if_not_finite(step, sums, grad_norm, rollouts, batch, *token_values):
-    """A NaN or inf would spread to every weight with the next update: stop before it. Also used by
-    distill.py.
-
-    sums: the loss and the metrics of the step; token_values: flat log-probs that tell which prompt it is.
-    """
-    if all(map(math.isfinite, (grad_norm, *sums.values()))):
-        return
-    owners = rollouts["prompt_index"].repeat_interleave(rollouts["response_offsets"].diff())
-    bad = sorted({i for values in token_values for i in owners[~values.isfinite()].tolist()})
-    where = (f"the log-probs of prompts {bad} are not, in the cached scores" if bad else
-             f"prompts of the batch: {rollouts['prompt_index'][batch].unique().tolist()}")
-    raise RunError(f"step {step}: loss {sums['loss']} or gradient norm {grad_norm} or a metric is not finite;"
-                   f" {where}; the last checkpoint is intact")
+def stop_if_not_finite(step, sums, grad_norm, rollouts, batch):
+    """A NaN or inf would spread to every weight with the next update: stop before it."""
+    if not all(map(math.isfinite, (grad_norm, *sums.values()))):
+        prompts = rollouts["prompt_index"][batch].unique().tolist()
+        raise RunError(f"step {step}: loss {sums['loss']} or gradient norm {grad_norm} or a metric is not "
+                       f"finite; prompts of the batch: {prompts}; the last checkpoint is intact")
 
 
 if __name__ == "__main__":

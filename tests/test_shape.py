@@ -10,8 +10,9 @@ STAGES = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
 PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tasks")
                for path in (conftest.ROOT / "tests" / folder).glob("*.*") if path.suffix in (".py", ".sh"))
 BANNER = "# ---- machinery: nothing below is about the method "
-# Lines in all, and before the banner: what a reader of the method has to read.
-TOTAL = {"rollout.py": 820}
+# Lines in all, and before the banner (what a reader of the method has to read): growth is a decision.
+TOTAL = {"rollout.py": 820, "teacher.py": 960, "distill.py": 240, "evaluate.py": 320, "run_rounds.sh": 220,
+         "tests/paper/report.py": 480, "tests/paper/recipes.sh": 380}
 METHOD = {"rollout.py": 450, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
 
 
@@ -27,7 +28,7 @@ def test_the_method_stands_before_the_machinery(name):
     lines = text.splitlines()
     banner, = (i for i, line in enumerate(lines, 1) if line.startswith(BANNER))
     defined = {node.name: node for node in ast.parse(text).body if hasattr(node, "name")}
-    assert defined["main"].end_lineno < banner <= METHOD[name] + 1 and len(lines) <= TOTAL.get(name, 1200)
+    assert defined["main"].end_lineno < banner <= METHOD[name] + 1
     assert max(defined.values(), key=lambda node: node.lineno if node.lineno < banner else 0).name == "main"
     topic = {"rollout.py": ["load_prompts", "grade", "generate_hf", "generate_vllm", "build_shard"],
              "teacher.py": ["logps_from_hidden", "token_logps", "ce_loss", "sapo_loss", "grpo_loss", "mse_loss",
@@ -36,6 +37,11 @@ def test_the_method_stands_before_the_machinery(name):
     assert all(defined[function].lineno < banner for function in topic[name])
     below = {node.name for node in defined.values() if node.lineno > banner}
     assert not {function for function in below if function.endswith("_loss") or "advantages" in function} - {"ppo_advantages"}
+
+
+@pytest.mark.parametrize("name", TOTAL)
+def test_files_stay_as_long_as_they_are(name):
+    assert len((conftest.ROOT / name).read_text().splitlines()) <= TOTAL[name]
 
 
 @pytest.mark.parametrize("name", STAGES)
