@@ -90,8 +90,8 @@ demo() {
         --batch-prompts 25 --steps "$TEACHER_STEPS" --save-every 4 $TRAIN
       control=$this/teacher/final
 
-      measure base $(doubling "round$round/teacher" "$TEACHER_STEPS") \
-        $(doubling "round$round/student" "$DISTILL_STEPS") $(doubling "control$round/teacher" "$TEACHER_STEPS")
+      measure base $(doubling "round$round/student" "$DISTILL_STEPS") \
+        $(for i in {round,control}$round; do doubling "$i/teacher" "$TEACHER_STEPS"; done)
       validate base {round$round/{teacher,student},control$round/teacher}/final
       report_demo
     done

@@ -259,9 +259,9 @@ def test_the_report_of_a_demonstration_holds_rounds_findings_and_every_checkpoin
     assert lines["round1/student"] == ("| round1/student | 10 | 0.708 ± 0.000 | 0.021 | 0.0100 ± 0.0000 | "
                                        "0.900 ± 0.000 | 0.600 ± 0.000 | 40.0 ± 0.0 |")
     # within KL 0.01 the teacher's path, from the base (0.375) to 0.625 at 0.02, reaches its middle
-    assert ("the student is +20.8 ± 0.0 points of accuracy from the best point of its teacher's whole path, "
-            "+0.0 ± 0.0 of pass@8: distillation wins (2 seeds)") in text
-    assert "from the best single stage, every control's path and the first teacher's, +0.0" in text
+    assert ("the student less the best point of its teacher's whole path: +20.8 ± 0.0 points of accuracy "
+            "(distillation wins) and +0.0 ± 0.0 of pass@8 (") in text
+    assert "less the best single stage, every control's path and the first teacher's: +20.8 ± 0.0" in text
     assert "* After 1 round the student is +33.3 ± 0.0 points from the base, at a KL of 0.0100" in printed
     assert "| round1/teacher | 10 | 0.625 ± 0.000 |" in text.split("## Every")[1]
     figures = re.findall(r"\((figures/.*?)\)", text)

@@ -3,9 +3,10 @@ The map: when does distillation beat a single stage? report.md and figures/map.p
 
     python tests/paper/map.py runs/map
 
-Compared are not arms but what each side reaches with all of its arms within a KL: a checkpoint of an arm, or the
-point where an arm's path crosses that KL (linear between checkpoints). The test problems are cut in halves: one
-picks that point by accuracy, the other measures it, both ways. So neither side gains from picking among many.
+Compared are not arms but what each side reaches with all of its arms within a KL: a checkpoint of an arm,
+or the point where an arm's path crosses that KL (linear between checkpoints). The test problems are cut in
+halves: one picks that point by accuracy, the other measures it, both ways. So neither side gains from
+picking among many.
 """
 import itertools
 import math
@@ -25,18 +26,18 @@ BUDGETS = (0.005, 0.01, 0.02, math.inf)                     # nats per token; th
 KINDS = ("none", "sampled", "exact")
 COLOURS = ("#76b7b2", "#1f6f8b", "#444444", "#d1603d")
 PROTOCOL = """
-One stage is CE training on a fixed batch of 8 responses a prompt; two stages distil its last checkpoint without a
-KL term (learning rate 3e-4) back into the policy that wrote the batch. Each side has three arms: no KL term, the
-sampled and the exact one. Each arm had four tries with seed 0, 100 prompts and the small model: learning rates
-3e-5, 1e-4, 3e-4 and 1e-3 without a KL term, else weights 0.3, 1, 3 and 10 at 3e-4. The best checkpoint on 200
-validation problems chose the try, for both sizes and all numbers of prompts; the other seeds were run after that,
-with the chosen tries and nothing else. Steps of 16 prompts: 64 for one stage, measured at 4, 8, 16, 32 and 64; 32
-for two, measured at 4, 8, 16 and 32. Accuracy (AVG@4) and pass@4 on 300 test problems, as in the paper at
-temperature 0.6 and top-p 0.95, KL on top-p 1 samples.
+One stage is CE training on a fixed batch of 8 responses a prompt; two stages distil its last checkpoint
+without a KL term (learning rate 3e-4) back into the policy that wrote the batch. Each side has three arms:
+no KL term, the sampled and the exact one. Each arm had four tries with seed 0, 100 prompts and the small
+model: learning rates 3e-5, 1e-4, 3e-4 and 1e-3 without a KL term, else weights 0.3, 1, 3 and 10 at 3e-4.
+The best checkpoint on 200 validation problems chose the try, for both sizes and all numbers of prompts; the
+other seeds were run after that, with the chosen tries and nothing else. Steps of 16 prompts: 64 for one
+stage, measured at 4, 8, 16, 32 and 64; 32 for two, measured at 4, 8, 16 and 32. Accuracy (AVG@4) and pass@4
+on 300 test problems, as in the paper at temperature 0.6 and top-p 0.95, KL on top-p 1 samples.
 
-A *lead* is two stages less one stage: what each reaches within the KL, picked on one half of the test problems
-and measured on the other. ± is the standard error over seeds, from the spread of all cells together. **Bold**: 0
-is outside the 95 % interval (t, with the degrees of freedom of all cells).
+A *lead* is two stages less one stage: what each reaches within the KL, picked on one half of the test
+problems and measured on the other. ± is the standard error over seeds, from the spread of all cells
+together. **Bold**: 0 is outside the 95 % interval (t, with the degrees of freedom of all cells).
 """
 
 
@@ -81,7 +82,7 @@ def read_cells(folder):
 
 
 def leads(cells):
-    """{(size, prompts, KL): [seeds, 2]}, and per KL [2] the spread over seeds, pooled over cells, with its df."""
+    """{(size, prompts, KL): [seeds, 2]}, and per KL [2] the spread over seeds, pooled over cells, and df."""
     found, pooled = {}, {}
     for kl in BUDGETS:
         squares, df = torch.zeros(2, dtype=torch.float64), 0

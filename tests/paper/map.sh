@@ -5,9 +5,9 @@
 #   ./run_rounds.sh map     runs/map/report.md, some hours on two cores; stopped, the same command continues
 #
 # The protocol, which stood here before the seeds that decide were run: every arm has four settings to try;
-# seed 0 of the small model with 100 prompts chooses one per arm by the best checkpoint on validation problems,
-# for both sizes and all numbers of prompts; seeds 1, 2 and 3 decide, on test problems. map.py says how the
-# arms are compared.
+# seed 0 of the small model with 100 prompts chooses one per arm by the best checkpoint on validation
+# problems, for both sizes and all numbers of prompts; seeds 1, 2 and 3 decide, on test problems. map.py says
+# how the arms are compared.
 
 MAP=${MAP:-runs/map}
 MAP_PROMPTS=${MAP_PROMPTS:-30 100 300 1000}
@@ -55,7 +55,7 @@ map_job() {           # map_job SIZE PROMPTS SEED COMMAND...   one cell and seed
   "${@:4}"
 }
 
-arm() {               # arm STAGE KIND TRY   trains one arm on the rollouts of this seed with one of its settings
+arm() {               # arm STAGE KIND TRY   trains an arm on the rollouts of this seed, with one setting
   local kl="--lr 3e-4 --kl-kind $2 --kl-coef"
   local flags
   case $2$3 in
@@ -107,7 +107,7 @@ deciding() {          # the chosen try of each arm, on test problems
   measure base $arms
 }
 
-chosen() {            # chosen STAGE KIND   which try was best on validation problems in seed 0; a dry run takes 3
+chosen() {            # chosen STAGE KIND   the try that was best on validation problems; a dry run takes 3
   local best where=$MAP/small-100 dir=$MAP/small-100/seed0
   if [ -n "${DRY_RUN:-}" ]; then echo 3; return; fi
   best=$(choose validation "" $(for i in 1 2 3 4; do arm_path "$1-$2-$i"; done))

@@ -19,7 +19,7 @@ from claims import NOISE, RULE, claim_row, claim_text, decide, noise_lines, pool
 from reads import PAPER, SPECS
 from rollout import InputError, write_atomic
 from runs import (TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model,
-                  within)
+                  t_quantile, within)
 
 DIGITS = {"kl": 4, "hours": 4, "length": 1}
 COLUMNS = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)",
@@ -374,9 +374,9 @@ def lead_at_equal_kl(model_runs, student, rivals, over):
 
 
 def winner(leads):
-    """Who is ahead, where the lead is at least two standard errors over seeds; one seed decides nothing."""
+    """Who is ahead, if 0 is outside the 95 % interval over seeds (Student's t); one seed settles nothing."""
     mean, se = mean_se(leads)
-    if se is None or abs(mean) < 2 * se:
+    if se is None or abs(mean) < t_quantile(len(leads) - 1) * se:
         return "not separated"
     return "distillation wins" if mean > 0 else "the single stage wins"
 
@@ -393,9 +393,9 @@ def findings(model_runs, over):
         for what, labels in rivals.items():
             if leads := lead_at_equal_kl(model_runs, f"round{n}/student@measured", labels, over):
                 accuracy, passes = zip(*(lead.tolist() for lead in leads))
-                lines.append(f"* Round {n}, within the student's KL: the student is {points(accuracy)} "
-                             f"points of accuracy from {what}, {points(passes)} of pass@{k}: "
-                             f"{winner(accuracy)} ({len(leads)} seed{'s' * (len(leads) > 1)}).")
+                lines.append(f"* Round {n}, within its KL, the student less {what}: {points(accuracy)} "
+                             f"points of accuracy ({winner(accuracy)}) and {points(passes)} of pass@{k} "
+                             f"({winner(passes)}), {len(leads)} seed{'s' * (len(leads) > 1)}.")
     whole = {f"{name}{n}/{stage}@measured": what for n in rounds[-1:] for name, stage, what in (
         ("round", "student", f"After {n} round{'s' * (n > 1)} the student"),
         ("control", "teacher", "The control, one stage per round and no distillation,"))}
