@@ -1,10 +1,12 @@
-"""What one rank holds and waits for besides the model, at the paper's size: 1,008 prompts x 16 responses, 300 million tokens.
+"""What one rank holds and waits for besides the model, at the paper's size: 1,008 prompts x 16 responses, 300
+million tokens.
 
     python tests/bench_host.py [--tokens 300] [--ranks 1 2]          # 7 GB in a temporary folder
 
-Makes rollouts of lognormal lengths (up to 32,768 tokens) and cached scores, then takes distill.py's way from its start
-to its first batch in 1 and 2 processes: seconds, and memory in GB. private: of this process alone; shared: pages of
-memory-mapped files, which the ranks of a machine have in common; peak: the most that was private at any time.
+Makes rollouts of lognormal lengths (up to 32,768 tokens) and cached scores, then takes distill.py's way from
+its start to its first batch in 1 and 2 processes: seconds, and memory in GB. private: of this process alone;
+shared: pages of memory-mapped files, which the ranks of a machine have in common; peak: the most that was
+private at any time.
 """
 import argparse
 import json
@@ -33,21 +35,26 @@ def make_run(folder, tokens):
     draw = torch.randn(63 * 256, generator=generator).mul(0.6).exp()
     lengths = (draw * tokens / draw.sum()).clamp(10, 32768 - prompt).long()
     tokenizer = rollout.load_tokenizer(models[0])
-    meta = {"model": str(models[0]), "model_fingerprint": rollout.checkpoint_fingerprint(models[0]), "shards": 63,
-            "tokenizer_fingerprint": rollout.tokenizer_fingerprint(tokenizer), "temperature": 1.0}
+    meta = {"model": str(models[0]), "model_fingerprint": rollout.checkpoint_fingerprint(models[0]),
+            "shards": 63, "tokenizer_fingerprint": rollout.tokenizer_fingerprint(tokenizer),
+            "temperature": 1.0}
     (folder / "rollouts" / "scores").mkdir(parents=True)
     for shard, part in enumerate(lengths.split(256)):
         total = int((part + prompt).sum())
-        torch.save({"version": rollout.SHARD_VERSION, "meta": meta, "grading": {}, "sampler_logp": torch.full((int(part.sum()),), -0.3),
+        torch.save({"version": rollout.SHARD_VERSION, "meta": meta, "grading": {},
+                    "sampler_logp": torch.full((int(part.sum()),), -0.3),
                     "input_ids": torch.randint(4, 48, (total,), dtype=torch.int32, generator=generator),
                     "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), (part + prompt).cumsum(0)]),
                     "prompt_len": torch.full((256,), prompt, dtype=torch.int32),
-                    "prompt_index": torch.arange(256) // 16 + 16 * shard, "reward": (torch.arange(256) % 2).float(),
-                    "truncated": part == 32768 - prompt}, folder / "rollouts" / f"shard-{shard:05d}.pt")
+                    "prompt_index": torch.arange(256) // 16 + 16 * shard,
+                    "reward": (torch.arange(256) % 2).float(), "truncated": part == 32768 - prompt},
+                   folder / "rollouts" / f"shard-{shard:05d}.pt")
     fingerprint = teacher.load_rollouts(folder / "rollouts")["fingerprint"]
     for model in models:
-        scored, logp = rollout.checkpoint_fingerprint(model), torch.randn(int(lengths.sum()), generator=generator).mul(0.2).sub(0.5)
-        torch.save({"version": 1, "checkpoint": scored, "rollouts": fingerprint, "temperature": 1.0, "logp": logp, "entropy": logp},
+        scored = rollout.checkpoint_fingerprint(model)
+        logp = torch.randn(int(lengths.sum()), generator=generator).mul(0.2).sub(0.5)
+        torch.save({"version": 1, "checkpoint": scored, "rollouts": fingerprint, "temperature": 1.0,
+                    "logp": logp, "entropy": logp},
                    folder / "rollouts" / "scores" / f"{scored[:16]}-{fingerprint[:16]}-T1.pt")
 
 
@@ -81,7 +88,8 @@ def measure(folder):
     def stage(name):
         nonlocal start
         private, shared = memory()
-        print(json.dumps({"ranks": world, "rank": rank, "stage": name, "seconds": round(time.time() - start, 1), "private": round(private, 2),
+        print(json.dumps({"ranks": world, "rank": rank, "stage": name,
+                          "seconds": round(time.time() - start, 1), "private": round(private, 2),
                           "shared": round(shared, 2), "peak": round(max(peak.most, private), 2)}), flush=True)
         start, peak.most = time.time(), 0.0
 
@@ -95,7 +103,8 @@ def measure(folder):
     mean, std = distill.whitening(values for values, _ in distill.signal_of_responses(*signal))
     stage("signal: mean and std")
     if rank == 0:
-        distill.signal_statistics(distill.signal_of_responses(*signal), mean, std, int(rollouts["response_offsets"][-1]))
+        distill.signal_statistics(distill.signal_of_responses(*signal), mean, std,
+                                  int(rollouts["response_offsets"][-1]))
         stage("signal: statistics (rank 0)")
     lengths = rollouts["offsets"].diff()
     batch = next(teacher.step_batches(rollouts, usable, 64, 0))
@@ -104,7 +113,8 @@ def measure(folder):
     for micro in shares[rank]:
         teacher.pad_responses(rollouts, batch[micro], device, old_logp, teacher_logp, old_logp)
     stage("padding of all its micro-batches")
-    print(json.dumps({"ranks": world, "rank": rank, "stage": "in all", "seconds": round(time.time() - begin, 1)}), flush=True)
+    print(json.dumps({"ranks": world, "rank": rank, "stage": "in all",
+                      "seconds": round(time.time() - begin, 1)}), flush=True)
     if world > 1:
         torch.distributed.barrier()
 
@@ -120,8 +130,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_run(Path(folder), args.tokens * 1e6)
         for ranks in args.ranks:
-            launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-            subprocess.run([*launch, __file__, "--folder", folder], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            launch = ["torchrun", "--standalone", "--nproc-per-node",
+                      str(ranks)] if ranks > 1 else [sys.executable]
+            subprocess.run([*launch, __file__, "--folder", folder], check=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

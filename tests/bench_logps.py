@@ -1,12 +1,15 @@
 """
-Benchmark of logps_from_hidden: time against the matrix products that cannot be avoided, and peak memory, beside other ways.
+Benchmark of logps_from_hidden: time against the matrix products that cannot be avoided, and peak memory,
+beside other ways.
 
     python tests/bench_logps.py --tokens 2048 --dtype bf16        # prints one JSON object; progress on stderr
-    python tests/bench_logps.py --scaling                         # ours at 512 ... 8192 tokens: how time and memory grow
+    python tests/bench_logps.py --scaling                         # ours at 512 ... 8192 tokens: how time and
+    memory grow
 
-Time: all variants take turns in one process, the minimum of the rounds counts (CPU: process time; GPU: events). `products`
-is the yardstick: the four products (logits, logits again, dh, dW) of any implementation that recomputes, in tiles of 1024 x 8192.
-Memory: each variant in a fresh process; the peak beyond inputs and the two gradients.
+Time: all variants take turns in one process, the minimum of the rounds counts (CPU: process time; GPU:
+events). `products` is the yardstick: the four products (logits, logits again, dh, dW) of any implementation
+that recomputes, in tiles of 1024 x 8192. Memory: each variant in a fresh process; the peak beyond inputs and
+the two gradients.
 """
 import argparse
 import json
@@ -39,7 +42,8 @@ def dense(hidden, weight, targets, entropy=True):
 
 def checkpointed(hidden, weight, targets, entropy=True, rows=512):
     """torch.utils.checkpoint around each chunk of full rows."""
-    parts = [checkpoint(dense, h, weight, t, entropy, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows))]
+    parts = [checkpoint(dense, h, weight, t, entropy, use_reentrant=False) for h,
+             t in zip(hidden.split(rows), targets.split(rows))]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
 
@@ -77,7 +81,8 @@ def full_rows(hidden, weight, targets, entropy=True):
 
 def trl(hidden, weight, targets, entropy=True):
     from trl.kernels import ChunkedLogProbFunction
-    out = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",) if entropy else ())
+    out = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0,
+                                       ("entropy",) if entropy else ())
     return out[0], out[1]
 
 
@@ -100,7 +105,8 @@ def products(hidden, weight, train):
     if train:
         for v in range(0, len(weight), tile):
             for row in range(0, len(hidden), 1024):
-                z = torch.zeros(len(hidden[row:row + 1024]), len(weight[v:v + tile]), dtype=hidden.dtype, device=hidden.device)
+                z = torch.zeros(len(hidden[row:row + 1024]), len(weight[v:v + tile]), dtype=hidden.dtype,
+                                device=hidden.device)
                 z @ weight[v:v + tile]
                 z.T @ hidden[row:row + 1024]
 
@@ -120,7 +126,8 @@ def run(variant, hidden, weight, targets, cotangents, train):
     with torch.set_grad_enabled(train):
         logp, entropy = VARIANTS[variant](hidden, weight, targets)
         if train:
-            total = (logp.float() * cotangents[0]).sum() + (0 if entropy is None else (entropy.float() * cotangents[1]).sum())
+            total = (logp.float() * cotangents[0]).sum() + (0 if entropy is None
+                                                            else (entropy.float() * cotangents[1]).sum())
             torch.autograd.grad(total, (hidden, weight))
 
 
@@ -147,7 +154,9 @@ def peak(args, variant):
     hidden, weight, targets, cotangents = inputs(args)
     gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
     if args.device == "cpu":
-        run(variant, hidden[:8].detach().requires_grad_(), weight[:64].detach().requires_grad_(), targets[:8] % 64, cotangents[:, :8], True)   # code and buffers
+        # code and buffers
+        run(variant, hidden[:8].detach().requires_grad_(), weight[:64].detach().requires_grad_(),
+            targets[:8] % 64, cotangents[:, :8], True)
         Path("/proc/self/clear_refs").write_text("5")
         before = resident()[0]
         run(variant, hidden, weight, targets, cotangents, True)
@@ -159,9 +168,12 @@ def peak(args, variant):
 
 
 def peak_in_fresh_process(args, variant, tokens=None):
-    command = [sys.executable, __file__, "--peak", variant, "--tokens", str(tokens or args.tokens), "--hidden", str(args.hidden), "--vocab", str(args.vocab),
-               "--dtype", args.dtype, "--device", args.device]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})    # freed blocks leave the process
+    command = [sys.executable, __file__, "--peak", variant, "--tokens", str(tokens or args.tokens),
+               "--hidden", str(args.hidden), "--vocab", str(args.vocab), "--dtype", args.dtype, "--device",
+               args.device]
+    # freed blocks leave the process
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     return round(float(done.stdout), 1) if done.returncode == 0 else None
 
 
@@ -184,14 +196,16 @@ def main():
     args = parse_args()
     if args.peak:
         return print(peak(args, args.peak))
-    result = {"benchmark": "logps_from_hidden", "command": " ".join(sys.argv), "device": torch.cuda.get_device_name() if args.device == "cuda" else
-              f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)", "torch": torch.__version__, "date": str(date.today()), "hidden": args.hidden,
-              "vocab": args.vocab, "dtype": args.dtype}
+    result = {"benchmark": "logps_from_hidden", "command": " ".join(sys.argv),
+              "device": torch.cuda.get_device_name() if args.device == "cuda" else
+              f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)", "torch": torch.__version__,
+              "date": str(date.today()), "hidden": args.hidden, "vocab": args.vocab, "dtype": args.dtype}
     if args.scaling:
         rows = []
         for tokens in (512, 1024, 2048, 4096, 8192):
             data = inputs(args, tokens)
-            rows.append({"tokens": tokens, "seconds": min(seconds(lambda: run("ours", *data, True), args.device) for _ in range(args.rounds)),
+            rows.append({"tokens": tokens, "seconds": min(seconds(lambda: run("ours", *data, True),
+                                                                  args.device) for _ in range(args.rounds)),
                          "peak_mb_beyond_gradients": peak_in_fresh_process(args, "ours", tokens)})
             print(rows[-1], file=sys.stderr)
         return print(json.dumps(result | {"scaling": rows}, indent=1))
@@ -213,10 +227,12 @@ def main():
                 print(key, variant, f"{times[key][variant][-1]:.2f} s", file=sys.stderr)
     for key, found in times.items():
         best = {variant: min(values) for variant, values in found.items()}
-        result[key] = {variant: {"seconds": round(t, 4), "ratio_to_products": round(t / best["products"], 3)} for variant, t in best.items()}
+        result[key] = {variant: {"seconds": round(t, 4), "ratio_to_products": round(t / best["products"], 3)}
+                       for variant, t in best.items()}
     result |= {"tokens": args.tokens, "rounds": args.rounds}
     if args.memory_tokens:
-        result["peak_mb_beyond_gradients"] = {"tokens": args.memory_tokens} | {v: peak_in_fresh_process(args, v, args.memory_tokens) for v in variants}
+        peaks = {v: peak_in_fresh_process(args, v, args.memory_tokens) for v in variants}
+        result["peak_mb_beyond_gradients"] = {"tokens": args.memory_tokens} | peaks
     print(json.dumps(result, indent=1))
 
 

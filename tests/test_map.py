@@ -13,8 +13,10 @@ ARMS = [f"{stage}-{kind}-2" for stage in ("one", "two") for kind in lead_map.KIN
 
 
 def test_what_a_path_reaches_within_a_kl_is_linear_between_checkpoints():
-    path = [(0.0, torch.tensor([0.4, 0.9])), (0.01, torch.tensor([0.6, 0.8])), (0.03, torch.tensor([0.5, 0.7]))]
-    assert torch.stack(within(path, 0.005)).tolist() == [pytest.approx([0.4, 0.9]), pytest.approx([0.5, 0.85])]
+    path = [(0.0, torch.tensor([0.4, 0.9])), (0.01, torch.tensor([0.6, 0.8])),
+            (0.03, torch.tensor([0.5, 0.7]))]
+    assert torch.stack(within(path, 0.005)).tolist() == [pytest.approx([0.4, 0.9]),
+                                                         pytest.approx([0.5, 0.85])]
     assert torch.stack(within(path, 0.02))[:, 0].tolist() == pytest.approx([0.4, 0.6, 0.55])
     assert len(within(path, math.inf)) == 3
     back = [*path, (0.005, torch.tensor([0.7, 0.7]))]       # a path may come back
@@ -37,7 +39,8 @@ def test_picking_among_many_arms_gives_no_lead_and_a_true_lead_is_seen(accuracy)
                          - lead_map.reach(paths(generator, 0.6, arms=1), 0.01) for _ in range(60)])
     assert leads[:, 0].mean() == pytest.approx(accuracy - 0.6, abs=0.006)       # s.e. 0.0025
     # without the halves the best of 16 noisy points would be 0.02 above the truth
-    biased = [max(x[0].mean().item() for path in paths(generator, 0.6, arms=8).values() for x in within(path, 1))
+    biased = [max(x[0].mean().item() for path in paths(generator, 0.6, arms=8).values()
+                  for x in within(path, 1))
               for _ in range(20)]
     assert sum(biased) / 20 > 0.61
 
@@ -51,7 +54,8 @@ def write_run(folder, name, points, rows, generator):
     run = folder / name
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"script": "x", "args": {}}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, points[-1][0] + 1)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": s}) + "\n"
+                                               for s in range(1, points[-1][0] + 1)))
     for step, kl, accuracy in points:
         model = f"{run}/final" if step == points[-1][0] else f"{run}/step-{step:04d}"
         rows += rows_of(model, kl, accuracy, generator)
@@ -71,16 +75,17 @@ def test_the_report_has_a_cell_per_world_and_number_of_prompts_and_leaves_out_un
         for seed in (1, 2, 3):
             for arm in ARMS[:-1] if (cell, seed) == ("large-100", 3) else ARMS:
                 better = gain if arm.startswith("two") else 0.0
-                write_run(tmp_path / cell, f"seed{seed}/{arm}", [(4, 0.002, 0.5 + better), (8, 0.03, 0.5)], rows,
-                          generator)
+                write_run(tmp_path / cell, f"seed{seed}/{arm}", [(4, 0.002, 0.5 + better), (8, 0.03, 0.5)],
+                          rows, generator)
         (tmp_path / cell / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["map.py", str(tmp_path)])
     lead_map.main()
     text = (tmp_path / "report.md").read_text()
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| small | 30 | 3 ")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()
+             if line.startswith("| small | 30 | 3 ")
              or line.startswith("| large | 100 | 2 ")]
     small, large = lines
-    assert small[3].startswith("**+2") or small[3].startswith("**+3")           # at KL 0.005: about +30 points
+    assert small[3].startswith("**+2") or small[3].startswith("**+3")  # at KL 0.005: about +30 points
     assert "**" not in large[3] and abs(float(large[3].split(" ")[0])) < 8
     assert (tmp_path / "figures" / "map.png").stat().st_size > 10000
     assert "two stages" in text and capsys.readouterr().out.count("| small | 30 |") == 1

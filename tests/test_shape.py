@@ -1,4 +1,5 @@
-"""What keeps the stages readable in one sitting: width, length of functions, and the line behind which nothing is method."""
+"""What keeps the stages readable in one sitting: width, length of functions, and the line behind which
+nothing is method."""
 import ast
 import re
 
@@ -9,6 +10,7 @@ import conftest
 STAGES = ["rollout.py", "teacher.py", "distill.py", "evaluate.py"]
 PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tasks")
                for path in (conftest.ROOT / "tests" / folder).glob("*.*") if path.suffix in (".py", ".sh"))
+TESTS = sorted(f"tests/{path.name}" for path in (conftest.ROOT / "tests").glob("*.py"))
 BANNER = "# ---- machinery: nothing below is about the method "
 # Lines in all, and before the banner (what a reader of the method has to read): growth is a decision.
 TOTAL = {"rollout.py": 820, "teacher.py": 960, "distill.py": 240, "evaluate.py": 320, "run_rounds.sh": 220,
@@ -16,7 +18,7 @@ TOTAL = {"rollout.py": 820, "teacher.py": 960, "distill.py": 240, "evaluate.py":
 METHOD = {"rollout.py": 450, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
 
 
-@pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", *PARTS])
+@pytest.mark.parametrize("name", [*STAGES, "run_rounds.sh", *PARTS, *TESTS])
 def test_no_line_is_wider_than_110_columns(name):
     lines = (conftest.ROOT / name).read_text().splitlines()
     assert [f"{i}: {line}" for i, line in enumerate(lines, 1) if len(line) > 110] == []
@@ -31,12 +33,14 @@ def test_the_method_stands_before_the_machinery(name):
     assert defined["main"].end_lineno < banner <= METHOD[name] + 1
     assert max(defined.values(), key=lambda node: node.lineno if node.lineno < banner else 0).name == "main"
     topic = {"rollout.py": ["load_prompts", "grade", "generate_hf", "generate_vllm", "build_shard"],
-             "teacher.py": ["logps_from_hidden", "token_logps", "ce_loss", "sapo_loss", "grpo_loss", "mse_loss",
-                            "sft_loss", "group_advantages", "gae_advantages"],
-             "distill.py": ["whiten", "signal_of", "distill_loss"], "evaluate.py": ["avg_at_k", "entropy_and_kl", "evaluate", "pick"]}
+             "teacher.py": ["logps_from_hidden", "token_logps", "ce_loss", "sapo_loss", "grpo_loss",
+                            "mse_loss", "sft_loss", "group_advantages", "gae_advantages"],
+             "distill.py": ["whiten", "signal_of", "distill_loss"],
+             "evaluate.py": ["avg_at_k", "entropy_and_kl", "evaluate", "pick"]}
     assert all(defined[function].lineno < banner for function in topic[name])
     below = {node.name for node in defined.values() if node.lineno > banner}
-    assert not {function for function in below if function.endswith("_loss") or "advantages" in function} - {"ppo_advantages"}
+    assert not {function for function in below if function.endswith("_loss")
+                or "advantages" in function} - {"ppo_advantages"}
 
 
 @pytest.mark.parametrize("name", TOTAL)
@@ -48,7 +52,8 @@ def test_files_stay_as_long_as_they_are(name):
 def test_functions_are_short(name):
     """40 lines; main 80, since it is read from top to bottom."""
     most = {"main": 80}
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse((conftest.ROOT / name).read_text()))
+    long = {node.name: node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse((conftest.ROOT / name).read_text()))
             if isinstance(node, ast.FunctionDef)}
     assert {function: n for function, n in long.items() if n > most.get(function, 40)} == {}
 

@@ -1,4 +1,5 @@
-"""One run at a time in a folder: a second one is refused in one line, and the death of the first frees it at once."""
+"""One run at a time in a folder: a second one is refused in one line, and the death of the first frees it at
+once."""
 import fcntl
 import json
 import os
@@ -24,9 +25,11 @@ def held(folder):
 
 
 def start_and_wait_for_lock(command, folder, nproc=1):
-    launcher = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    process = subprocess.Popen([*launcher, *map(str, command)], cwd=conftest.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                    "--standalone", "--nproc-per-node", str(nproc)]
+    process = subprocess.Popen([*launcher, *map(str, command)], cwd=conftest.ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
     while not held(folder) and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
@@ -43,11 +46,16 @@ def long_command(stage, tiny, folder):
     """A command of a stage that would run for many minutes, into folder/out."""
     model, rollouts, other = tiny
     problems = folder / "p.jsonl"
-    problems.write_text("".join(json.dumps({"problem": f"{i % 10}A+{i // 10}", "answer": "1"}) + "\n" for i in range(20000)))
-    return {"rollout.py": ["--model", model, "--prompts", problems, "--num-prompts", 0, "-n", 4, "--engine", "hf", "--out", folder / "out", "--shard-prompts", 50],
-            "teacher.py": ["--model", model, "--rollouts", rollouts, "--loss", "ce", "--steps", 10 ** 6, "--out", folder / "out"],
-            "distill.py": ["--student", model, "--teacher", other, "--rollouts", rollouts, "--steps", 10 ** 6, "--out", folder / "out"],
-            "evaluate.py": ["--model", model, "--data", f"x={problems}:4", "--engine", "hf", "--out", folder / "out" / "results.jsonl", "--shard-prompts", 50]}[stage]
+    problems.write_text("".join(json.dumps({"problem": f"{i % 10}A+{i // 10}", "answer": "1"}) + "\n"
+                                for i in range(20000)))
+    return {"rollout.py": ["--model", model, "--prompts", problems, "--num-prompts", 0, "-n", 4, "--engine",
+                           "hf", "--out", folder / "out", "--shard-prompts", 50],
+            "teacher.py": ["--model", model, "--rollouts", rollouts, "--loss", "ce", "--steps", 10 ** 6,
+                           "--out", folder / "out"],
+            "distill.py": ["--student", model, "--teacher", other, "--rollouts", rollouts, "--steps", 10 ** 6,
+                           "--out", folder / "out"],
+            "evaluate.py": ["--model", model, "--data", f"x={problems}:4", "--engine", "hf", "--out",
+                            folder / "out" / "results.jsonl", "--shard-prompts", 50]}[stage]
 
 
 @pytest.mark.parametrize("stage", ["rollout.py", "teacher.py", "distill.py", "evaluate.py"])
@@ -59,7 +67,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_kill_frees_it(stage, tiny, tm
     message = [line for line in refused.stderr.splitlines() if "error" in line]
     assert len(message) == 1 and "another run is at work in it" in message[0], refused.stderr
     kill(first)
-    assert not held(tmp_path)                                       # the kernel's doing: nothing was left to clean up
+    assert not held(tmp_path)  # the kernel's doing: nothing was left to clean up
     kill(start_and_wait_for_lock(command, tmp_path))
 
 
@@ -72,7 +80,10 @@ def test_ranks_of_one_run_share_a_folder_that_a_second_run_is_kept_out_of(tiny, 
     kill(first)
 
 
-@pytest.mark.parametrize("argv, complaint", [(["--no-such-flag"], "required: --"), (["--engine", "magic"], "invalid choice: 'magic'")])
+@pytest.mark.parametrize("argv, complaint", [(["--no-such-flag"], "required: --"),
+                                             (["--engine", "magic"], "invalid choice: 'magic'")])
 def test_argparses_own_errors_are_one_line_with_exit_code_2(argv, complaint):
-    done = conftest.run_script("rollout.py", *(["--model", "m", "--prompts", "p", "--out", "o"] if len(argv) > 1 else []), *argv, check=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and complaint in done.stderr and done.stderr.startswith("rollout.py: error: ")
+    done = conftest.run_script("rollout.py", *(["--model", "m", "--prompts", "p", "--out", "o"]
+                                               if len(argv) > 1 else []), *argv, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert complaint in done.stderr and done.stderr.startswith("rollout.py: error: ")
