@@ -72,10 +72,9 @@ def test_two_processes_and_sharding_train_as_one_process_does(pretrained, sample
     moved = distance(weights["one"], base)
     far = {name: distance(weights[name], weights["one"]) / moved for name in ("ddp", "shard")}
     first = first_step(tmp_path / "ddp")
-    conftest.MEASURED.append(f"SmolLM2, CE, two steps: 2 processes against 1 differ by "
-                             f"{far['ddp']:.1e} of the "
-                             f"update, --shard by {far['shard']:.1e}; first step: ratio "
-                             f"{first['ratio_mean']:.7f}, kl(old,new) {first['kl_old_new']:.1e}")
+    conftest.MEASURED.append("SmolLM2, CE, two steps: 2 processes against 1 differ by "
+                             f"{far['ddp']:.1e} of the update, --shard by {far['shard']:.1e}; first step: "
+                             f"ratio {first['ratio_mean']:.7f}, kl(old,new) {first['kl_old_new']:.1e}")
     # Adam's first steps are nearly the sign of the gradient: where that is noise, rounding decides it
     assert moved > 0 and max(far.values()) < 0.05
 
