@@ -14,9 +14,8 @@ The same rollouts, 10 to 32 steps. The signal comes from scores: no teacher in m
                                   --rollouts runs/rollouts --out runs/student
 8 GPUs:         torchrun --standalone --nproc-per-node 8 distill.py ...
 
-Eq. 7 asks for the policy closest to the teacher with KL(pi || pi_old) <= eps. The paper's clip and few steps
-approximate it. --max-kl EPS (ours) makes it real by stopping: the last policy whose KL, over the whole
-vocabulary at the states of a fixed part of the rollouts, is inside the budget becomes final.
+Clip and few steps stand for Eq. 7's KL(pi || pi_old) <= eps. --max-kl EPS (ours) makes it real: final is the
+last policy inside it, by the KL over the whole vocabulary at the states of a fixed part of the rollouts.
 
 Words and shapes: see teacher.py. Read next: evaluate.py.
 """
@@ -41,10 +40,8 @@ from teacher import (build, clip_gradients, defer_signals, end_step, idle_turns,
 # ---- the signal --------------------------------------------------------------------------------------------
 
 def signal_of(teacher_logp, denom_logp, positive, keep="all"):
-    """A_hat before whitening, in nats (Sec. 3.3, 3.4); positive: whether the response is right, broadcast.
-
-    keep: on positive responses only min(signal, 0) or max(signal, 0), before whitening (Table 12).
-    """
+    """A_hat before whitening, in nats (Sec. 3.3, 3.4). positive: whether the response is right; there
+    keep="min0" and "max0" leave min(signal, 0) and max(signal, 0) only (Table 12)."""
     signal = teacher_logp - denom_logp
     bound = {"all": {}, "min0": {"max": 0}, "max0": {"min": 0}}[keep]
     return torch.where(positive, signal.clamp(**bound), signal) if bound else signal
@@ -98,8 +95,7 @@ def build_parser():
     arg = p.add_argument
     arg("--student", required=True, help="where training starts: pi_old, or a first student (Table 8)")
     arg("--teacher", required=True, help="numerator of the signal: a checkpoint, 'old' or 'none' (Table 7)")
-    arg("--denominator", default="old",
-        help="'old' (strategy 1), a checkpoint (2, 3), 'none', or 'live': the student itself (Fig. 7)")
+    arg("--denominator", default="old", help="old (strategy 1), a checkpoint (2, 3), none or live (Fig. 7)")
     # Signal and loss
     arg("--positive-signal", choices=["all", "min0", "max0"], default="all", help="on positives (Table 12)")
     arg("--clip", type=float, default=0.2, help="eps of Eq. 9 (the paper gives none; ours: PPO's)")
@@ -218,11 +214,9 @@ def kl_to_old(policy, rollouts, indices, micro_tokens):
 
 
 def signal_statistics(responses, mean, std, tokens):
-    """Of the raw signal, for run.json: moments, percentiles, histograms by kind of response (Fig. 10).
-
-    Percentiles are of every n-th token of a response, a million in all: exact up to two million `tokens`.
-    """
-    edges, every = torch.linspace(-5, 5, 51, dtype=torch.float64), max(1, tokens // 10 ** 6)
+    """Of the raw signal, for run.json: moments, percentiles, histograms by kind of response (Fig. 10)."""
+    edges = torch.linspace(-5, 5, 51, dtype=torch.float64)
+    every = max(1, tokens // 10 ** 6)       # percentiles of a million tokens: exact up to two million
     histogram, sample, fourth = {True: torch.zeros(50), False: torch.zeros(50)}, [], 0.0
     for signal, positive in responses:
         values = signal.double()
