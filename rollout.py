@@ -581,7 +581,13 @@ def resolve_checkpoint(model):
         return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted))
 
 
-@functools.cache                                            # a process reads gigabytes of weights once
+@functools.cache
+def file_sha256(path, size, mtime_ns):
+    """Hash of a file, once per process: size and time of its last change say that it is still the same."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def checkpoint_fingerprint(model):
     """Hash of config and weights: a checkpoint with the same content elsewhere is the same policy."""
     folder, digest = resolve_checkpoint(model), hashlib.sha256()
@@ -589,8 +595,8 @@ def checkpoint_fingerprint(model):
     if not weights:
         raise InputError(f"{folder} has no *.safetensors: only safetensors weights are read")
     for path in [folder / "config.json", *weights]:
-        with input_errors(f"{path} cannot be read"), open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        with input_errors(f"{path} cannot be read"):
+            digest.update(file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns))
     return digest.hexdigest()
 
 

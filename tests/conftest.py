@@ -46,7 +46,7 @@ def run_here(script, *argv):
     module, before = importlib.import_module(script.removesuffix(".py")), sys.argv
     handlers = {number: signal.getsignal(number) for number in rollout.STOP_SIGNALS}
     sys.argv = [script, *map(str, argv)]
-    rollout.checkpoint_fingerprint.cache_clear()  # what ends with a process: this, handlers and locks
+    rollout.file_sha256.cache_clear()  # what ends with a process: this, handlers and locks
     try:
         rollout.run_main(module.main, lambda: module.memory_advice(module.parse_args()))
     except SystemExit as stop:

@@ -98,7 +98,8 @@ def test_what_is_wrong_with_the_settings_shows_in_the_rehearsal(place, tmp_path)
     _, env = place
     env = {**env, "TABLES": str(tmp_path / "t")}
     done = rehearse("table5", env, MODEL="nobody/nothing")
-    assert done.returncode != 0 and "nobody/nothing is neither a folder nor a hub model" in done.stderr
+    assert done.returncode != 0
+    assert "nobody/nothing does not exist, neither as a folder nor on the hub" in done.stderr
     done = rehearse("table5", env, BENCHMARKS="hmmt_feb25=nowhere.jsonl:32")
     assert done.returncode != 0 and "nowhere.jsonl does not exist" in done.stderr
     done = rehearse("table5", env, BENCHMARKS="aime24=nowhere.jsonl:32")

@@ -28,6 +28,9 @@ map() {
   while [ -n "$(jobs -p)" ]; do wait -n; done
   for size in small large; do
     for n in $MAP_PROMPTS; do
+      room
+      map_job "$size" "$n" "${SEEDS%% *}" measure base &  # once, before the seeds run beside each other
+      wait $!
       for seed in $SEEDS; do
         room
         map_job "$size" "$n" "$seed" deciding &
