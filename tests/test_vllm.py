@@ -24,7 +24,7 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 def demo(tmp_path_factory):
     """The demonstration world, trained as ./run_rounds.sh trains it: (base, prompts folder)."""
     folder = tmp_path_factory.mktemp("demo")
-    conftest.run_script("tests/toy.py", "--out", folder)
+    conftest.run_script("tests/toy.py", "--out", folder, "--base", conftest.ROOT / "tests" / "base")
     return folder / "base", folder / "prompts"
 
 
