@@ -22,7 +22,7 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demonstration world, trained as ./run_rounds.sh trains it: (base, prompts folder)."""
+    """The demonstration world, made as ./run_rounds.sh makes it: (base, prompts folder)."""
     folder = tmp_path_factory.mktemp("demo")
     conftest.run_script("tests/toy.py", "--out", folder, "--base", conftest.ROOT / "tests" / "base")
     return folder / "base", folder / "prompts"
