@@ -335,7 +335,7 @@ def fit_values(args, rollouts, usable, path):
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.value_lr, weight_decay=0.0)
     batches = step_batches(rollouts, usable, args.batch_prompts, args.seed)
     for step in tqdm(range(1, args.value_steps + 1), desc="value network", disable=rank > 0):
-        batch = next(batches)
+        start, batch = time.time(), next(batches)
         n_tokens = rollouts["response_offsets"].diff()[batch].sum().item()
         shares = micro_batches(rollouts["offsets"].diff()[batch], args.micro_tokens, world)
         sums = Counter()
@@ -351,7 +351,8 @@ def fit_values(args, rollouts, usable, path):
         stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics.append(json.dumps({"step": step, "loss": sums["loss"], "grad_norm": grad_norm}) + "\n")
+        metrics.append(json.dumps({"step": step, "loss": sums["loss"], "grad_norm": grad_norm,
+                                   "tokens": n_tokens, "seconds": time.time() - start}) + "\n")
     values = per_token(rollouts, network, args.micro_tokens, "values")[0]
     if rank == 0:
         write_atomic(path.with_name("metrics.jsonl"), lambda p: p.write_text("".join(metrics)))
