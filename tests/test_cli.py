@@ -238,3 +238,29 @@ def test_the_driver_end_to_end_at_a_tiny_size_and_again_without_a_stage(tmp_path
     picked = json.loads((demo / "seed1/round1/student/run.json").read_text())["args"]["out"]
     best = max(candidates, key=lambda path: accuracy[f"{path}/final"])
     assert os.path.relpath(picked, demo) == best and "student-un10" in (demo / "report.md").read_text()
+
+
+# ---- the README ------------------------------------------------------------------------------------------
+
+SMALL = {"rollout.py": ["--num-prompts", 4, "-n", 4, "--max-tokens", 16, "--engine", "hf", "--rehearse"],
+         "teacher.py": ["--steps", 1, "--batch-prompts", 4], "distill.py": ["--steps", 1],
+         "evaluate.py": ["--max-tokens", 16, "--engine", "hf"]}
+
+
+def test_the_readmes_commands_for_a_model_of_ones_own_run_as_written_with_smaller_sizes(tmp_path):
+    block, = re.findall(r"\n    M=.*?\n\n", (conftest.ROOT / "README.md").read_text(), re.DOTALL)
+    lines = block.replace("\\\n", " ").strip().splitlines()
+    name, run = re.match(r'M=(\S+); RUN="(.*)"', lines[0]).groups()
+    assert run == "torchrun --standalone --nproc-per-node 8" and len(lines) == 5
+    model, problems = conftest.make_model(tmp_path / "model"), tmp_path / "problems.jsonl"
+    rows = [{"problem": f"{i}A+{i}", "answer": str(2 * i)} for i in range(4)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for line in lines[1:]:
+        line = line.replace("$M", str(model)).replace("runs/", f"{tmp_path}/runs/")
+        line = re.sub(r"POLARIS-Project/\S+", str(problems), line)
+        line = re.sub(r"(hmmt_feb25)=\S+", rf"\1={problems}:2", line)
+        launcher, script, *flags = shlex.split(line)
+        assert launcher == "$RUN" and script in SMALL
+        conftest.run_script(script, *flags, *SMALL[script], nproc=2)
+    row, = evaluate.read_results(tmp_path / "runs" / "results.jsonl")
+    assert row["benchmark"] == "hmmt_feb25" and row["k"] == 2 and row["kl"] is not None and "Qwen3-4B" in name
