@@ -17,6 +17,7 @@ N tokens of a flat list. R is the reward, 0 or 1. `logp[:, t]` is the log-prob o
 Read next: distill.py.
 """
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -641,7 +642,10 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, with_entro
         torch.cuda.empty_cache()                            # for an engine in another process, too
         if rank == 0:
             scores = {"logp": logp.clone(), "entropy": entropy.clone()}             # not views of one tensor
-            write_atomic(path, lambda p: torch.save(scores, p))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.parent / ".writing", "a") as turn:     # other runs may score the same just now
+                fcntl.lockf(turn, fcntl.LOCK_EX)
+                write_atomic(path, lambda p: torch.save(scores, p))
         wait_for_all()
     kept = read_tensors(path, "score file", "delete it, it will be computed again")
     return (kept["logp"], kept["entropy"]) if with_entropy else kept["logp"]

@@ -44,7 +44,7 @@ demonstration() {     # demonstration WORLD   toy, or one of shorter or longer c
   BATCH32="--batch-prompts 8" BATCH64="--batch-prompts 16"
   CE="--loss ce --lr 3e-4" BETA_1E3="--beta 0.5" BETA_1E2="--beta 5" BETA_5E2="--beta 25"
   STAGE1_KL="--kl-coef 2" STAGE1_KL_5="--kl-coef 10" EXACT="--kl-coef 10 --kl-kind exact"
-  SAPO="--loss sapo --lr 1e-4" GRPO="--loss grpo --lr 3e-4" SFT="--loss sft --lr 3e-4"
+  SAPO="--loss sapo --lr 5e-5" GRPO="--loss grpo --lr 3e-4" SFT="--loss sft --lr 3e-4"
   PPO="--loss ppo --lr 2e-4 --value-steps 100 --value-lr 1e-3"
   MSE="--loss mse --lr 5e-4" UNLEARN_5E6="--loss mse --lr 1e-3" UNLEARN_1E5="--loss mse --lr 2e-3"
   UNLEARN_A="--loss mse --lr 1e-4 --negative-weight 0.5" UNLEARN_B="--loss mse --lr 1e-4 --negative-weight 1"
