@@ -96,12 +96,10 @@ def build_parser():
     arg("--student", required=True, help="where training starts: pi_old, or a first student (Table 8)")
     arg("--teacher", required=True, help="numerator of the signal: a checkpoint, 'old' or 'none' (Table 7)")
     arg("--denominator", default="old", help="old (strategy 1), a checkpoint (2, 3), none or live (Fig. 7)")
-    # Signal and loss
     arg("--positive-signal", choices=["all", "min0", "max0"], default="all", help="on positives (Table 12)")
     arg("--clip", type=float, default=0.2, help="eps of Eq. 9 (the paper gives none; ours: PPO's)")
     arg("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus (Table 6b: 0.5)")
     arg("--max-kl", type=float, help="stop before KL(pi || pi_old) passes this, nats per token (ours: Eq. 7)")
-    # Length of the run
     arg("--steps", type=int, default=10, help="10 when iterating rounds (Table 2), 16 or 32 for one")
     arg("--batch-prompts", type=int, default=64, help="prompts per step over all ranks (Sec. 4.1: 32, 64)")
     shared_flags(arg)
@@ -184,7 +182,6 @@ def main():
         inside = copy.deepcopy((lm.state_dict(), optimizer.state_dict())) if args.max_kl else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         kl = kl_to_old(*budget) if args.max_kl else None
         if args.max_kl and kl > args.max_kl:                     # Eq. 7: back into the trust region, and done
             lm.load_state_dict(inside[0])

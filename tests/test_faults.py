@@ -418,6 +418,26 @@ def test_scores_that_do_not_fit_beside_the_rollouts_are_one_line(tiny, disk, tmp
     assert conftest.run_here(*argv) == 0
 
 
+def score_slowly(model, rollouts, seconds):
+    save = torch.save
+    torch.save = lambda value, path: (save(value, path), time.sleep(seconds))
+    teacher.score(model, rollouts)
+
+
+def test_two_runs_may_score_the_same_policy_at_the_same_time(start, tiny, tmp_path):
+    shutil.copytree(tiny[1], tmp_path / "rollouts", ignore=shutil.ignore_patterns("scores"))
+    scores, runs = tmp_path / "rollouts" / "scores", []
+    for seconds in (4, 0):                                  # the second writes while the first has half a file
+        runs.append(multiprocessing.get_context("forkserver").Process(
+            target=score_slowly, args=(tiny[0], tmp_path / "rollouts", seconds)))
+        runs[-1].start()
+        wait_for(lambda: list(scores.glob("*.partial")))
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert len(list(scores.glob("*.pt"))) == 1 and not list(scores.glob("*.partial"))
+
+
 def test_a_read_only_folder_is_one_line(tiny, tmp_path, disk, capsys):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for argv in stages(tiny, tmp_path / "x", disk).values():

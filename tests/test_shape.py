@@ -13,7 +13,7 @@ PARTS = sorted(str(path.relative_to(conftest.ROOT)) for folder in ("paper", "tas
 TESTS = sorted(f"tests/{path.name}" for path in (conftest.ROOT / "tests").glob("*.py"))
 BANNER = "# ---- machinery: nothing below is about the method "
 # Lines in all, and before the banner (what a reader of the method has to read): growth is a decision.
-TOTAL = {"rollout.py": 823, "teacher.py": 964, "distill.py": 233, "evaluate.py": 320, "run_rounds.sh": 220,
+TOTAL = {"rollout.py": 823, "teacher.py": 964, "distill.py": 230, "evaluate.py": 320, "run_rounds.sh": 220,
          "tests/paper/report.py": 480, "tests/paper/recipes.sh": 380}
 METHOD = {"rollout.py": 450, "teacher.py": 550, "distill.py": 230, "evaluate.py": 320}
 
