@@ -1,23 +1,23 @@
 # Tables and figures. Hours: all their models on 8 GPUs, reckoned for 3B from Table 4 of the paper, which does
-# not name its hardware; without evaluation. Minutes: one seed on one core, demonstration world, in the order
-# of `all` (three seeds: about 80 minutes on two cores; yours: runs/tables/seconds.txt).
+# not name its hardware; without evaluation. Minutes: one seed in the demonstration world, measured with three
+# seeds at a time on two cores, in the order of `all` (80 minutes in all; yours: runs/tables/seconds.txt).
 #     table1   teacher losses with and without distillation         113 h   8 min
-#     table2   rounds with and without distillation                 143 h   8 min
-#     table3   on-policy GRPO from the base and from a student      100 h   5 min
-#     table4   score and time per stage                              51 h   2 min
-#     table5   steps and KL weight of the distillation               31 h   1 min
-#     table6   rounds with an entropy bonus in the distillation     100 h   2 min
-#     table7   which checkpoints make the weak-to-strong signal      34 h   4 min
-#     table8   ensembles of two teachers, unlearned starts           75 h   4 min
-#     table9   recovery of an unlearned policy by SFT or CE          45 h   4 min
-#     table10  weak to strong on models of other lengths             82 h   2 min
-#     table11  weak to strong in rounds; unlearned policies for code  124 h   2 min
+#     table2   rounds with and without distillation                 143 h  10 min
+#     table3   on-policy GRPO from the base and from a student      100 h   6 min
+#     table4   score and time per stage                              51 h   5 min
+#     table5   steps and KL weight of the distillation               31 h   2 min
+#     table6   rounds with an entropy bonus in the distillation     100 h   3 min
+#     table7   which checkpoints make the weak-to-strong signal      34 h   5 min
+#     table8   ensembles of two teachers, unlearned starts           75 h   8 min
+#     table9   recovery of an unlearned policy by SFT or CE          45 h   5 min
+#     table10  weak to strong on models of other lengths             82 h   1 min
+#     table11  weak to strong in rounds; unlearned policies for code  124 h   4 min
 #     table12  outliers of the signal on right responses             36 h   1 min
 #     fig4     many steps on one batch                               52 h   1 min
-#     fig5     dynamics of the MSE loss                              13 h   1 min
-#     fig6     accuracy against KL                                   52 h   6 min
+#     fig5     dynamics of the MSE loss                              13 h   2 min
+#     fig6     accuracy against KL                                   52 h   9 min
 #     fig7     the denominator: pi_old or the live student           19 h   1 min
-#     fig8     online and offline phases in turn                    128 h   5 min
+#     fig8     online and offline phases in turn                    128 h   7 min
 #     fig9     strength of the unlearning, and SFT after it          22 h   1 min
 #     fig10    outliers against a linear critic                      21 h   1 min
 # On real models: MODEL (else the models of the table; MODELS="A B"), PROMPTS, BENCHMARKS and NPROC, such as

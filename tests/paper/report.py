@@ -31,9 +31,9 @@ AXES = {"accuracy": "AVG@K", "pass": "pass@K", "kl": "reverse KL to the base (na
         "separation": "mean probability: right minus wrong responses"}
 PALETTE = {"base": "#444444", "right": "#2f7d4f", "wrong": "#b03a48", "teacher": "#d1603d",
            "student": "#1f6f8b", "control": "#8a8a8a", "ce": "#1f77b4", "ce-1e2": "#e0a030", "mse": "#7a5195",
-           "ce-1e2-live": "#b03a48", "ce-kl": "#8a8a8a", "ce-kl-5": "#bab0ac", "sapo": "#d6409f",
-           "ppo": "#9c755f", "online": "#3a9d5d", "offline": "#d6409f", "unlearned-a": "#76b7b2",
-           "unlearned-b": "#b07aa1", "unlearned-c": "#e15759"}
+           "ce-1e2-live": "#b03a48", "ce-5e2": "#59a14f", "ce-kl": "#8a8a8a", "ce-kl-5": "#76b7b2",
+           "ce-kl-exact": "#6b3d2e", "sapo": "#d6409f", "ppo": "#9c755f", "online": "#3a9d5d",
+           "offline": "#d6409f", "unlearned-a": "#76b7b2", "unlearned-b": "#b07aa1", "unlearned-c": "#e15759"}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -103,21 +103,22 @@ def paper_columns(name, model_runs):
 
 
 def paper_table(name, models):
-    """A table of the paper as markdown, one per model: ours, and the paper's to the right."""
+    """A table of the paper as markdown: ours, and the paper's to the right; one per model, but none for a
+    model that, for other tables, has run less than half of the rows that another one has."""
     text = []
     for model_runs in models:
         ours, theirs = our_columns(name, model_runs), paper_columns(name, model_runs)
-        lines, measured_any = [], False
+        lines, measured_rows = [], 0
         for label, row, *given in SPECS[name]["rows"]:
             mine = cells(model_runs, row, [column[1:] for column in ours], count=True)
             given = given[0] if given else {}
-            measured_any |= row != "base" and set(mine) != {"-"}
+            measured_rows += row != "base" and set(mine) != {"-"}
             paper = [given[model][i] if i < len(given.get(model, [])) else "" for _, model, i in theirs]
             lines.append([label, *mine, *paper])
-        if measured_any:
-            header = ["", *(header for header, *_ in ours + theirs)]
-            text.append(f"{model_runs['name']}:\n\n" + markdown_table(header, lines))
-    return ["\n".join(text)]
+        header = ["", *(header for header, *_ in ours + theirs)]
+        text.append((measured_rows, f"{model_runs['name']}:\n\n" + markdown_table(header, lines)))
+    most = max((rows for rows, _ in text), default=0)
+    return ["\n".join(table for rows, table in text if rows and 2 * rows >= most)]
 
 
 def settings_table(models):
