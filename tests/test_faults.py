@@ -427,7 +427,7 @@ def score_slowly(model, rollouts, seconds):
 def test_two_runs_may_score_the_same_policy_at_the_same_time(start, tiny, tmp_path):
     shutil.copytree(tiny[1], tmp_path / "rollouts", ignore=shutil.ignore_patterns("scores"))
     scores, runs = tmp_path / "rollouts" / "scores", []
-    for seconds in (4, 0):                                  # the second writes while the first has half a file
+    for seconds in (4, 0):              # the second writes while the first has half a file
         runs.append(multiprocessing.get_context("forkserver").Process(
             target=score_slowly, args=(tiny[0], tmp_path / "rollouts", seconds)))
         runs[-1].start()
@@ -724,7 +724,7 @@ def test_malformed_saves_scores_and_outputs_are_refused_by_name(start, tiny, tmp
     def bomb_in(path):
         torch.save({"step": 20, "optimizer": Bomb(tmp_path / "exploded")}, path)
     save, bomb = "out/step-0020", tmp_path / "exploded"
-    score_file = f"rollouts/scores/{next((tmp_path / 'good/rollouts/scores').iterdir()).name}"
+    score_file = f"rollouts/scores/{next((tmp_path / 'good/rollouts/scores').glob('*.pt')).name}"
     cases = [(f"{save}/optimizer.pt", damage)
              for damage in (cut, bomb_in, lambda p: torch.save([1], p), folder_instead)]
     cases += [(score_file, damage) for damage in (cut, bomb_in, folder_instead)]
@@ -831,7 +831,7 @@ def test_the_driver_is_killed_anywhere_and_finishes_with_the_same_results(tmp_pa
     assert stages >= 12
     out.parent.rename(whole)                                # the same path again: rows of results name it
     out.parent.mkdir()
-    for whom in ("all", "the script", "all"):               # each within a quarter of the stages, not of the time
+    for whom in ("all", "the script", "all"):       # each within a quarter of the stages, not of the time
         process, begun = driver(out), log.read_text().count("\n+ ") + rng.randint(1, stages // 4)
         wait_for(lambda: log.read_text().count("\n+ ") >= begun, 200)
         time.sleep(rng.uniform(0, 4))
