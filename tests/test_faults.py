@@ -824,16 +824,18 @@ def end(process, out):
 @long_part
 def test_the_driver_is_killed_anywhere_and_finishes_with_the_same_results(tmp_path):
     out, whole, rng = tmp_path / "run" / "demo", tmp_path / "whole", random.Random(0)
-    log = Path(f"{out}.log")
+
+    def announced():
+        return Path(f"{out}.log").read_text().count("\n+ ")
     out.parent.mkdir()
     end(driver(out), out)
-    stages = log.read_text().count("\n+ ")
+    stages = announced()
     assert stages >= 12
     out.parent.rename(whole)                                # the same path again: rows of results name it
     out.parent.mkdir()
     for whom in ("all", "the script", "all"):       # each within a quarter of the stages, not of the time
-        process, begun = driver(out), log.read_text().count("\n+ ") + rng.randint(1, stages // 4)
-        wait_for(lambda: log.read_text().count("\n+ ") >= begun, 200)
+        process, begun = driver(out), announced() + rng.randint(1, stages // 4)
+        wait_for(lambda: announced() >= begun, 200)
         time.sleep(rng.uniform(0, 4))
         assert process.poll() is None
         # a stage may outlive the script: the next run waits for it
