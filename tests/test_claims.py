@@ -96,7 +96,8 @@ def model(name="toy", seeds="012", **accuracies):
     runs = {}
     for label, values in accuracies.items():
         for seed, accuracy in zip(seeds, values if isinstance(values, list) else [values] * len(seeds)):
-            run = {"info": {"script": "teacher.py", "args": {}}, "metrics": [{"step": 8, "seconds": 1.0}],
+            run = {"info": {"script": "teacher.py", "args": {"model": "base"}},
+                   "metrics": [{"step": 8, "seconds": 1.0}],
                    "rows": {b: {8: row} for b, row in rows(accuracy).items()}}
             runs.setdefault(label.replace("_", "-"), {})[seed] = run
     return {"name": name, "runs": runs, "base": rows(0.4, 0.0), "seeds": sorted(seeds), "scored": ["test"],

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 from reads import PAPER
-from runs import benchmarks_for, mean_se, measured, number, reached, t_quantile
+from runs import benchmarks_for, lead, mean_se, number, t_quantile
 
 RULE = """
 A claim of the paper has *tests*, each with a margin that was fixed before the runs: differences of
@@ -46,32 +46,14 @@ NOISE = ["model", "prompts x responses", "benchmark", "problems x samples", "see
 
 # ---- the number of a test ----------------------------------------------------------------------------------
 
-def ahead(model_runs, seed, test, over):
-    """The student's accuracy less that of the best of the rivals' paths from the base [N].
-
-    Within its KL, or the paper's hours. Rivals in `if_run` may be missing.
-    """
-    cost = "paper_hours" if test["metric"] == "ahead_in_time" else "kl"
-
-    def point(name):
-        scores = number(model_runs, seed, "accuracy", name, over, each=True)
-        return number(model_runs, seed, cost, name, over), None if scores is None else scores[None]
-    paths, runs = [], model_runs["runs"]
-    for label in test["minus"] + [label for label in test.get("if_run", []) if label in runs]:
-        run = runs.get(label, {}).get(seed)
-        steps = measured(run, over)[-1 if test["metric"] == "ahead_of_last" else 0:] if run else []
-        paths.append([point(name) for name in ("base", *(f"{label}@{step}" for step in steps))])
-    student = point(test["plus"][0])
-    if None in student or any(len(path) < 2 or None in itertools.chain(*path) for path in paths):
-        return None
-    return (student[1] - reached(paths, student[0]))[0]
-
-
 def value_of_test(model_runs, seed, test, over):
-    """The number of a test in one seed [N]; None if a run is missing."""
+    """The number of a test in one seed [N]; None if a run is missing. Rivals in `if_run` may be."""
     plus, minus, metric = test["plus"], test["minus"], test["metric"]
     if metric.startswith("ahead"):
-        return ahead(model_runs, seed, test, over)
+        rivals = test["minus"] + [label for label in test.get("if_run", []) if label in model_runs["runs"]]
+        cost = "paper_hours" if metric == "ahead_in_time" else "kl"
+        ahead = lead(model_runs, seed, plus[0], rivals, over, cost, last=metric == "ahead_of_last")
+        return None if ahead is None else ahead[0]
     of = "accuracy" if metric in ACCURACIES else metric
     values = [number(model_runs, seed, of, name, over, each=True) for name in plus + minus]
     if None in [value if value is None else 0 for value in values]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from report import markdown_table, write_report  # noqa: E402
-from runs import reached, read_model, t_quantile  # noqa: E402
+from runs import per_problem, reached, read_model, t_quantile  # noqa: E402
 
 BUDGETS = (0.005, 0.01, 0.02, math.inf)                     # nats per token; the last: wherever it is best
 KINDS = ("none", "sampled", "exact")
@@ -47,8 +47,7 @@ def scores(model_runs, seed, name, step):
         b: path[step] for b, path in model_runs["runs"][name][seed]["rows"].items() if step in path}
     if not {"test", "kl"} <= rows.keys():
         return None
-    right = torch.tensor(rows["test"]["correct_per_problem"], dtype=torch.float64)
-    return rows["kl"]["kl"], torch.stack([right / rows["test"]["k"], (right > 0).double()])
+    return rows["kl"]["kl"], per_problem(rows, ["test"])
 
 
 def paths_of(model_runs, seed, stage):

@@ -12,14 +12,13 @@ import math
 import re
 import statistics
 
-import torch
 from matplotlib.figure import Figure
 
 from claims import NOISE, RULE, claim_row, claim_text, decide, noise_lines, pool
 from reads import PAPER, SPECS
 from rollout import InputError, write_atomic
-from runs import (TRAINING, benchmarks_for, checkpoint, mean_se, measured, number, over_seeds, read_model,
-                  t_quantile, within)
+from runs import (TRAINING, benchmarks_for, checkpoint, lead, mean_se, measured, over_seeds,
+                  read_model, t_quantile)
 
 DIGITS = {"kl": 4, "hours": 4, "length": 1}
 COLUMNS = {"accuracy": "AVG@K", "kl": "KL (nats/token)", "entropy": "entropy (nats)",
@@ -352,28 +351,6 @@ def points(values):
     return f"{100 * mean:+.1f}" + (f" ± {100 * se:.1f}" if se is not None else "")
 
 
-def lead_at_equal_kl(model_runs, student, rivals, over):
-    """(accuracy, pass@K) of a student less those of the best point of the rivals' paths within its KL.
-
-    One tensor [2] per seed that has them all; [] if none has. A rival may stop wherever it is best on the
-    very problems that decide: a bias against the student, of about the noise of one checkpoint.
-    """
-    def point(seed, name):
-        kl, *numbers = (number(model_runs, seed, metric, name, over) for metric in ("kl", "accuracy", "pass"))
-        return kl, torch.tensor(numbers)
-    leads = []
-    for seed in model_runs["seeds"]:
-        runs = [model_runs["runs"].get(label, {}).get(seed) for label in rivals]
-        if None in runs or checkpoint(model_runs, seed, student) is None:
-            continue
-        kl, mine = point(seed, student)
-        paths = [["base"], *([f"{label}@start", *(f"{label}@{step}" for step in measured(run, over))]
-                             for label, run in zip(rivals, runs))]
-        reached = (within([point(seed, name) for name in path], kl) for path in paths)
-        leads.append(mine - max(itertools.chain(*reached), key=lambda numbers: numbers[0]))
-    return leads
-
-
 def winner(leads):
     """Who is ahead, if 0 is outside the 95 % interval over seeds (Student's t); one seed settles nothing."""
     mean, se = mean_se(leads)
@@ -392,8 +369,10 @@ def findings(model_runs, over):
                   "the best single stage, every control's path and the first teacher's": [
                       "round1/teacher", *(f"control{i}/teacher" for i in rounds if i <= n)]}
         for what, labels in rivals.items():
-            if leads := lead_at_equal_kl(model_runs, f"round{n}/student@measured", labels, over):
-                accuracy, passes = zip(*(lead.tolist() for lead in leads))
+            leads = [lead(model_runs, seed, f"round{n}/student@measured", labels, over)
+                     for seed in model_runs["seeds"]]
+            if leads := [each.mean(1).tolist() for each in leads if each is not None]:
+                accuracy, passes = zip(*leads)
                 lines.append(f"* Round {n}, within its KL, the student less {what}: {points(accuracy)} "
                              f"points of accuracy ({winner(accuracy)}) and {points(passes)} of pass@{k} "
                              f"({winner(passes)}), {len(leads)} seed{'s' * (len(leads) > 1)}.")

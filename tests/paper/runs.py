@@ -123,18 +123,17 @@ def checkpoint(model_runs, seed, name):
     return run, step, {b: path[step] for b, path in run["rows"].items() if step in path}
 
 
-def accuracy(rows, over, each=False, key="avg_at_k"):
-    """AVG@K, the mean over the benchmarks `over`; None if one was not measured.
+def per_problem(rows, over):
+    """AVG@K and pass@K problem by problem [2, N], with their means over the benchmarks `over`.
 
-    key: avg_at_k_judge where the paper used a judge. each: problem by problem [N], with that mean.
+    None if one was not measured.
     """
     if not over or any(b not in rows for b in over):
         return None
-    if not each:
-        return statistics.fmean(rows[b][key] for b in over)
-    scores = [torch.tensor(rows[b]["correct_per_problem"], dtype=torch.float64) / rows[b]["k"] for b in over]
-    mean_size = sum(map(len, scores)) / len(scores)         # benchmarks count the same, whatever their size
-    return torch.cat([score * (mean_size / len(score)) for score in scores])
+    right = [torch.tensor(rows[b]["correct_per_problem"], dtype=torch.float64) for b in over]
+    scores = [torch.stack([x / rows[b]["k"], (x > 0).double()]) for x, b in zip(right, over)]
+    mean_size = sum(map(len, right)) / len(right)           # benchmarks count the same, whatever their size
+    return torch.cat([x * (mean_size / x.shape[1]) for x in scores], dim=1)
 
 
 def seconds_until(model_runs, seed, label, step, paper=False):
@@ -176,8 +175,10 @@ def number(model_runs, seed, metric, name, over, each=False, key="avg_at_k"):
         return None
     run, step, rows = found
     (metric, _, on), own = metric.partition("@"), model_runs["own"]
-    if metric == "accuracy":
-        return accuracy(rows, over, each, key)
+    if metric == "accuracy" and each:
+        return None if (scores := per_problem(rows, over)) is None else scores[0]
+    if metric == "accuracy":                                # key: avg_at_k_judge where the paper used a judge
+        return statistics.fmean(rows[b][key] for b in over) if over and set(over) <= set(rows) else None
     if metric == "sampling":                                # its standard error from drawing K responses
         return math.hypot(*(rows[b]["se"] for b in over)) / len(over) if set(over) <= set(rows) else None
     if metric in ROW_FIELDS:
@@ -234,6 +235,29 @@ def reached(paths, limit):
         picked = points[:, 0, half::2].mean(-1).argmax()
         best[:, 1 - half::2] = points[picked, :, 1 - half::2]
     return best
+
+
+def lead(model_runs, seed, student, rivals, over, cost="kl", last=False):
+    """AVG@K and pass@K [2, N] of a student less what the best of the rivals' paths reaches within its cost.
+
+    rivals: runs, whose paths begin where they were trained from. last: nothing but their last checkpoint, on
+    a straight line. cost: kl or paper_hours. None where a run or a measurement is missing.
+    """
+    def point(name):
+        found = checkpoint(model_runs, seed, name)
+        scores = found and per_problem(found[2], over)
+        spent = found and number(model_runs, seed, cost, name, over)
+        return None if scores is None or spent is None else (spent, scores)
+    runs, paths = [model_runs["runs"].get(label, {}).get(seed) for label in rivals], [["base"]]
+    for label, run in zip(rivals, runs):
+        steps = measured(run, over)[-1 if last else 0:] if run else []
+        if not steps:
+            return None
+        paths.append([f"{label}@start", *(f"{label}@{step}" for step in steps)])
+    mine, paths = point(student), [[point(name) for name in path] for path in paths]
+    if mine is None or None in itertools.chain(*paths):
+        return None
+    return mine[1] - reached(paths, mine[0])
 
 
 @functools.cache
