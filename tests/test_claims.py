@@ -86,6 +86,9 @@ def test_every_claim_has_a_premise_tests_and_margins_with_a_reason():
             assert not own or "why" in claim, f"claim {claim['number']}: {bound}"
 
 
+ARGS = {"model": "base", "rollouts": "runs/seed0/rollouts", "batch_prompts": 8}
+
+
 def model(name="toy", seeds="012", **accuracies):
     """A read model: of each run its accuracy, one or one per seed, on 40 problems and 20 to choose on."""
     def rows(accuracy, kl=0.01):
@@ -96,12 +99,13 @@ def model(name="toy", seeds="012", **accuracies):
     runs = {}
     for label, values in accuracies.items():
         for seed, accuracy in zip(seeds, values if isinstance(values, list) else [values] * len(seeds)):
-            run = {"info": {"script": "teacher.py", "args": {"model": "base"}},
+            run = {"info": {"script": "teacher.py", "args": ARGS},
                    "metrics": [{"step": 8, "seconds": 1.0}],
                    "rows": {b: {8: row} for b, row in rows(accuracy).items()}}
             runs.setdefault(label.replace("_", "-"), {})[seed] = run
     return {"name": name, "runs": runs, "base": rows(0.4, 0.0), "seeds": sorted(seeds), "scored": ["test"],
-            "own": ["test"], "selection": "validation", "kl": "test", "rehearsal": False}
+            "own": ["test"], "selection": "validation", "kl": "test", "rehearsal": False, "seconds": {},
+            "prompts": {f"seed{seed}/rollouts": 100 for seed in seeds}}
 
 
 def claim(*tests, premise=()):
@@ -155,6 +159,11 @@ def test_variances_are_pooled_over_all_tests_per_checkpoint(monkeypatch):
     monkeypatch.setitem(PAPER, "claims", [claim(better("a", "b"), better("c", "base"))])
     variance, df = pool([toy])["accuracy"]
     assert df == 4 and variance == pytest.approx((0.01 / 2 + 0.04) / 2)     # of two checkpoints, and of one
+    twice = claim(better("a", "b"), better("a", "b", above=3))              # two bounds of one number
+    doubled = claim({"metric": "accuracy", "plus": ["a", "a"], "minus": ["b", "c"], "above": 1})
+    monkeypatch.setitem(PAPER, "claims", [twice, doubled])
+    variance, df = pool([toy])["accuracy"]
+    assert df == 4 and variance == pytest.approx((0.01 / 2 + 0.0 / 6) / 2)  # 2a - b - c does not vary here
 
 
 def test_a_ratio_is_compared_as_a_logarithm():
@@ -177,7 +186,7 @@ def test_a_student_is_compared_with_whole_paths_at_equal_kl_and_at_the_papers_ho
             path[8] = early[b]["8"] | {"kl": 0.1}
         teacher["metrics"] = [{"step": i, "seconds": 1.0} for i in (4, 8)]
         student["info"]["script"] = "distill.py"
-        student["info"]["args"] = {"teacher": f"/seed{seed}/teacher/final"}
+        student["info"]["args"] = ARGS | {"teacher": f"/seed{seed}/teacher/final"}
     whole = {"metric": "ahead", "plus": ["student"], "minus": ["teacher"], "above": 1}
     values = claims.values_of_test(toy, whole, ["table1"])
     assert values.shape == (3, 40) and values.abs().max() == 0
@@ -188,4 +197,9 @@ def test_a_student_is_compared_with_whole_paths_at_equal_kl_and_at_the_papers_ho
     assert claims.values_of_test(toy, whole | {"minus": ["teacher", "missing"]}, ["table1"]) is None
     names = "base", "teacher@4", "student"
     hours = [claims.number(toy, "0", "paper_hours", name, ["test"]) for name in names]
-    assert hours == pytest.approx([0, 7 + 4 * 300 / 3600, 7 + 8 * 300 / 3600 + 8 * 400 / 3600])
+    # Table 4 at a tenth of its prompts, in steps of a quarter
+    assert hours == pytest.approx([0, 0.7 + 4 * 75 / 3600, 0.7 + 8 * 75 / 3600 + 8 * 100 / 3600])
+    for seed in "012":                                      # on-policy, each step has rollouts of its own
+        toy["seconds"] |= {f"seed{seed}/teacher/rollouts{i:03d}": 1.0 for i in range(1, 9)}
+    assert claims.number(toy, "0", "paper_hours", "teacher@4", ["test"]) == pytest.approx(
+        4 * (8 * 25.2 + 75) / 3600)

@@ -4,9 +4,8 @@ The map: when does distillation beat a single stage? report.md and figures/map.p
     python tests/paper/map.py runs/map
 
 Compared are not arms but what each side reaches with all of its arms within a KL: a checkpoint of an arm,
-or the point where an arm's path crosses that KL (linear between checkpoints). The test problems are cut in
-halves: one picks that point by accuracy, the other measures it, both ways. So neither side gains from
-picking among many.
+or the point where an arm's path crosses that KL (runs.reached: picked by accuracy on other problems than
+those that measure it, so that neither side gains from picking among many).
 """
 import itertools
 import math
@@ -19,8 +18,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from claims import standard_error  # noqa: E402
 from report import markdown_table, write_report  # noqa: E402
-from runs import per_problem, reached, read_model, t_quantile  # noqa: E402
+from runs import measured, point, reached, read_model, t_quantile  # noqa: E402
 
 BUDGETS = (0.005, 0.01, 0.02, math.inf)                     # nats per token; the last: wherever it is best
 KINDS = ("none", "sampled", "exact")
@@ -35,36 +35,28 @@ other seeds were run after that, with the chosen tries and nothing else. Steps o
 stage, measured at 4, 8, 16, 32 and 64; 32 for two, measured at 4, 8, 16 and 32. Accuracy (AVG@4) and pass@4
 on 300 test problems, as in the paper at temperature 0.6 and top-p 0.95, KL on top-p 1 samples.
 
-A *lead* is two stages less one stage: what each reaches within the KL, picked on one half of the test
-problems and measured on the other. ± is the standard error over seeds, from the spread of all cells
-together. **Bold**: 0 is outside the 95 % interval (t, with the degrees of freedom of all cells).
+A *lead* is two stages less one stage: what each reaches within the KL, picked on nine tenths of the test
+problems and measured on the other, ten times; a path is linear between neighbours in KL. ± is the standard
+error as in the claims: over seeds, the larger of the cell's own spread and that of all cells together, and
+over problems. **Bold**: 0 is outside the 95 % interval (t, with the degrees of freedom of all cells).
 """
 
 
-def scores(model_runs, seed, name, step):
-    """(KL, [2, n]: accuracy and pass@K of each test problem) of a checkpoint; None where not measured."""
-    rows = model_runs["base"] if name == "base" else {
-        b: path[step] for b, path in model_runs["runs"][name][seed]["rows"].items() if step in path}
-    if not {"test", "kl"} <= rows.keys():
-        return None
-    return rows["kl"]["kl"], per_problem(rows, ["test"])
-
-
 def paths_of(model_runs, seed, stage):
-    """{arm: [(KL, scores)]} from the base on, of one side; the arms that this seed finished."""
+    """{arm: [(KL, scores)]} from the base on, of one side; arms that this seed has measured to their end."""
     paths = {}
-    for name, by_seed in model_runs["runs"].items():
-        if name.startswith(stage) and seed in by_seed:
-            steps = sorted(by_seed[seed]["rows"].get("kl", {}))
-            points = [point for step in steps if (point := scores(model_runs, seed, name, step))]
-            if points:
-                paths[name] = [scores(model_runs, seed, "base", 0), *points]
+    for label, by_seed in model_runs["runs"].items():
+        run = by_seed.get(seed) if label.startswith(stage) else None
+        steps = measured(run, ["test", "kl"]) if run else []
+        if steps and steps[-1] == run["metrics"][-1]["step"]:
+            names = "base", *(f"{label}@{step}" for step in steps)
+            paths[label] = [point(model_runs, seed, name, ["test"]) for name in names]
     return paths
 
 
 def reach(paths, kl):
-    """[2]: accuracy and pass@K of what one side reaches within a KL."""
-    return reached(paths.values(), kl).mean(-1)
+    """[2, n]: accuracy and pass@K of what one side reaches within a KL, problem by problem."""
+    return reached(paths.values(), kl)
 
 
 def read_cells(folder):
@@ -81,36 +73,34 @@ def read_cells(folder):
 
 
 def leads(cells):
-    """{(size, prompts, KL): [seeds, 2]}, and per KL [2] the spread over seeds, pooled over cells, and df."""
-    found, pooled = {}, {}
+    """{(size, prompts, KL): (lead [2], its standard error [2], degrees of freedom)}, in points."""
+    found = {}
     for kl in BUDGETS:
-        squares, df = torch.zeros(2, dtype=torch.float64), 0
-        for (size, prompts), seeds in cells.items():
-            values = torch.stack([reach(s["two"], kl) - reach(s["one"], kl) for s in seeds.values()])
-            found[size, prompts, kl] = values
-            squares += ((values - values.mean(0)) ** 2).sum(0)
-            df += len(values) - 1
-        pooled[kl] = (squares / max(df, 1)).sqrt(), df
-    return found, pooled
+        values = {cell: torch.stack([reach(s["two"], kl) - reach(s["one"], kl) for s in seeds.values()])
+                  for cell, seeds in cells.items()}             # [seeds, 2, n]
+        df = sum(len(x) - 1 for x in values.values())
+        pooled = sum(((x.mean(-1) - x.mean((0, -1))) ** 2).sum(0) for x in values.values()) / max(df, 1)
+        for cell, x in values.items():
+            error = standard_error(x.transpose(0, 1), pooled)
+            found[*cell, kl] = 100 * x.mean((0, -1)), 100 * error, df
+    return found
 
 
-def lead_text(values, spread, df):
-    """'+1.2 ± 0.5' in points, bold where it is not 0."""
-    mean, se = 100 * values.mean().item(), 100 * spread.item() / math.sqrt(len(values))
+def lead_text(mean, se, df):
+    """'+1.2 ± 0.5', bold where it is not 0."""
     text = f"{mean:+.1f} ± {se:.1f}" if df else f"{mean:+.1f}"
     return f"**{text}**" if df and abs(mean) > t_quantile(df) * se else text
 
 
-def draw(found, pooled, path):
+def draw(found, path):
     """The lead over the number of prompts: a row per size, accuracy and pass@K, a line per KL."""
     sizes = list(dict.fromkeys(size for size, *_ in found))
     figure = Figure(figsize=(9.6, 3.4 * len(sizes) + 0.4))
     for size, row in zip(sizes, figure.subplots(len(sizes), 2, squeeze=False, sharey="col")):
         for i, (axes, what) in enumerate(zip(row, ("AVG@4", "pass@4"))):
             for j, (kl, colour) in enumerate(zip(BUDGETS, COLOURS)):
-                points = [(n * 1.06 ** (j - 1.5), values[:, i].mean().item() * 100,
-                           100 * pooled[kl][0][i].item() / math.sqrt(len(values)))
-                          for (of, n, at), values in found.items() if (of, at) == (size, kl)]
+                points = [(n * 1.06 ** (j - 1.5), mean[i].item(), se[i].item())
+                          for (of, n, at), (mean, se, _) in found.items() if (of, at) == (size, kl)]
                 x, y, se = zip(*points)
                 label = f"KL within {kl:g}" if kl < math.inf else "at any KL"
                 axes.errorbar(x, y, se, marker="o", markersize=4, capsize=2, color=colour, label=label)
@@ -127,21 +117,21 @@ def draw(found, pooled, path):
     figure.savefig(path, dpi=100)
 
 
-def tables(cells, found, pooled):
+def tables(cells, found):
     """(leads at each KL, what every arm reaches within 0.01) as markdown."""
     names = [f"KL {kl:g}" if kl < math.inf else "any KL" for kl in BUDGETS]
     header = ["model", "prompts", "seeds", *(f"{what}, {n}" for what in ("AVG@4", "pass@4") for n in names)]
     lines, arms = [], []
     for (size, prompts), seeds in cells.items():
-        lines.append([size, prompts, len(seeds)] + [
-            lead_text(found[size, prompts, kl][:, i], pooled[kl][0][i], pooled[kl][1])
-            for i in (0, 1) for kl in BUDGETS])
+        leads_of = [(i, *found[size, prompts, kl]) for i in (0, 1) for kl in BUDGETS]
+        lines.append([size, prompts, len(seeds),
+                      *(lead_text(mean[i], se[i], df) for i, mean, se, df in leads_of)])
         line = [size, prompts]
         for stage, kind in itertools.product(("one", "two"), KINDS):
             best = []
             for sides in seeds.values():
                 paths = {name: path for name, path in sides[stage].items() if name.split("-")[1] == kind}
-                best.append(reach(paths, 0.01).tolist())
+                best.append(reach(paths, 0.01).mean(-1).tolist())
             accuracy, passes = (statistics.fmean(values) for values in zip(*best))
             line.append(f"{accuracy:.3f}, {passes:.3f}")
         arms.append(line)
@@ -168,9 +158,9 @@ def whole_paths(cells):
 def main():
     folder = Path(sys.argv[1])
     cells = read_cells(folder)
-    found, pooled = leads(cells)
-    draw(found, pooled, folder / "figures" / "map.png")
-    lead_table, arm_table = tables(cells, found, pooled)
+    found = leads(cells)
+    draw(found, folder / "figures" / "map.png")
+    lead_table, arm_table = tables(cells, found)
     text = ["# When does distillation beat a single stage? (demonstration world)", PROTOCOL,
             "## The lead of two stages at equal KL, in points\n", lead_table,
             "![the lead of two stages](figures/map.png)\n",

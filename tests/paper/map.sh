@@ -14,7 +14,7 @@ MAP_PROMPTS=${MAP_PROMPTS:-30 100 300 1000}
 MAP_STEPS=${MAP_STEPS:-64}            # of a single stage; students have half, and half is 32
 
 map() {
-  local size n seed stage
+  local size n seed stage kind arms=''
   SEEDS=${SEEDS:-1 2 3}
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
   map_world small
@@ -26,6 +26,11 @@ map() {
     map_job small 100 0 choosing $stage &
   done
   while [ -n "$(jobs -p)" ]; do wait -n; done
+  for stage in one two; do
+    for kind in none sampled exact; do
+      arms="$arms $stage-$kind-$(chosen $stage $kind)"
+    done
+  done
   for size in small large; do
     for n in $MAP_PROMPTS; do
       room
@@ -98,16 +103,10 @@ choosing() {          # choosing STAGE   all tries of its arms, on validation pr
 }
 
 deciding() {          # the chosen try of each arm, on test problems
-  local stage kind try arms=''
+  local name
   arm one none 3                      # the teacher of both stages, as in the demonstration
-  for stage in one two; do
-    for kind in none sampled exact; do
-      try=$(chosen $stage $kind)
-      arm $stage $kind $try
-      arms="$arms $(arm_path $stage-$kind-$try)"
-    done
-  done
-  measure base $arms
+  for name in $arms; do arm ${name//-/ }; done
+  measure base $(for name in $arms; do arm_path $name; done)
 }
 
 chosen() {            # chosen STAGE KIND   the try that was best on validation problems; a dry run takes 3

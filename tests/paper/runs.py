@@ -19,8 +19,8 @@ from reads import PAPER, benchmarks_of
 from rollout import input_errors, read_json
 
 ROW_FIELDS = {"kl": "kl", "entropy": "entropy", "length": "mean_length", "pass": "pass_at_k"}
-PAPER_STEP = {"teacher.py": 300, "distill.py": 400}                                 # seconds (Table 4)
-PAPER_ROLLOUTS, PAPER_ONLINE = 7 * 3600, 800 + 300      # a batch of 1,000 x 16; a step with its own rollouts
+PAPER_STEP = {"teacher.py": 300 / 32, "distill.py": 400 / 32}   # Table 4: seconds per prompt of a step,
+PAPER_ROLLOUTS = 7 * 3600 / 1000                        # and of rollouts; on-policy 800 s for 32, the same
 TRAINING = ("prob_pos", "prob_neg", "explained_variance", "train_entropy")          # of metrics.jsonl
 
 
@@ -60,9 +60,11 @@ def read_model(folder):
     """What one model's folder holds: name, runs, seeds, base {benchmark: row}, rollouts (how many).
 
     scored: benchmarks that are accuracies; own: those that the paper does not have; kl: the one that KL
-    is read from; selection: the one of RUN@best; seconds: {rollouts' path: seconds that they took}.
+    is read from; selection: the one of RUN@best; seconds and prompts: {rollouts' path: seconds that they
+    took, how many prompts}.
     """
-    rows, seconds, rollouts, rehearsal = read_lines(folder / "results.jsonl"), {}, "-", False
+    rows, rollouts, rehearsal = read_lines(folder / "results.jsonl"), "-", False
+    seconds, prompts = {}, {}
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     base = {row["benchmark"]: row for row in rows if row["model"] == row["base"]}
     scored = [b for b in benchmarks if b in base and b != "kl" and (b != "validation" or len(base) == 1)]
@@ -71,14 +73,15 @@ def read_model(folder):
     for file in folder.glob("seed*/**/rollouts.json"):
         kept, path = json.loads(file.read_text()), file.parent.relative_to(folder).as_posix()
         made, rehearsal = kept["summary"], rehearsal or bool(kept.get("meta", {}).get("rehearsal"))
+        prompts[path] = made["prompts"]
         if re.fullmatch("[^/]+/rollouts", path):
             rollouts = f"{made['prompts']:,} x {made['responses'] // made['prompts']}"
         if made["tok_per_s"]:
             seconds[path] = made["responses"] * made["mean_length"] / made["tok_per_s"]
     runs, first = read_runs(folder, rows), scored[0] if scored else None
     return {"name": folder.name, "runs": runs, "base": base, "rollouts": rollouts, "seconds": seconds,
-            "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}), "rehearsal": rehearsal,
-            "scored": scored, "own": [b for b in scored if b not in known],
+            "prompts": prompts, "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),
+            "rehearsal": rehearsal, "scored": scored, "own": [b for b in scored if b not in known],
             "kl": "kl" if "kl" in benchmarks else first,
             "selection": next((b for b in ("validation", PAPER["selection"]) if b in benchmarks), first)}
 
@@ -139,24 +142,26 @@ def per_problem(rows, over):
 def seconds_until(model_runs, seed, label, step, paper=False):
     """Seconds that a checkpoint took: rollouts, teacher, own steps; without evaluation and start-up.
 
-    paper: at the costs of its Table 4, on its hardware, in place of this machine's.
+    paper: at the price per prompt of its Table 4, on its hardware, in place of this machine's.
     """
     run = model_runs["runs"][label][seed]
     args, sets = run["info"]["args"], rf"seed{seed}/{re.escape(label)}/rollouts(\d+)"
     own = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step)
+    trained = step * args.get("batch_prompts", 0)
     if paper:
-        own = step * (PAPER_STEP[run["info"]["script"]] if not label.startswith("online") else PAPER_ONLINE)
+        own = trained * PAPER_STEP[run["info"]["script"]]
     teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", args.get("teacher", ""))
     if teacher and (source := model_runs["runs"].get(teacher[1], {}).get(seed)):
         return own + seconds_until(model_runs, seed, teacher[1], source["metrics"][-1]["step"], paper)
-    if paper:
-        return own + (0 if label.startswith("online") else PAPER_ROLLOUTS)
     online = {int(found[1]): seconds for path, seconds in model_runs["seconds"].items()
               if (found := re.fullmatch(sets, path))}
+    if online and paper:
+        return own + trained * PAPER_ROLLOUTS               # each prompt is used once
     if online:                                              # one set per step
         return own + sum(seconds for number, seconds in online.items() if number <= step)
     first = re.search(r"(seed\w+/.+)$", args["rollouts"])
-    return own + model_runs["seconds"].get(first and first[1], 0.0)
+    made = model_runs["prompts" if paper else "seconds"].get(first and first[1], 0.0)
+    return own + made * (PAPER_ROLLOUTS if paper else 1)
 
 
 def moved_ratio(moved, least=0.0):
@@ -211,29 +216,39 @@ def over_seeds(model_runs, metric, name, over, seeds=None, key="avg_at_k"):
     return [value for value in values if value is not None]
 
 
-def within(path, kl):
-    """What a path [(KL, numbers [M])] reaches within a KL: its points, and where it crosses it.
+def point(model_runs, seed, name, over, cost="kl"):
+    """(KL or paper_hours, AVG@K and pass@K [2, N]) of a checkpoint; None where it was not measured."""
+    found = checkpoint(model_runs, seed, name)
+    scores = found and per_problem(found[2], over)
+    spent = found and number(model_runs, seed, cost, name, over)
+    return None if scores is None or spent is None else (spent, scores)
 
-    Linear between neighbouring checkpoints. One number of the rows, say the accuracy, then picks the best.
+
+def within(path, limit):
+    """What a path [(x, scores [M, n])] reaches within a limit of x (KL, hours): points, and where it crosses.
+
+    Linear between neighbours by x, not by step: a KL may fall again, and is not measured exactly.
     """
-    reached = [numbers for at, numbers in path if at <= kl]
-    for (k0, first), (k1, second) in itertools.pairwise(path):
-        if min(k0, k1) <= kl < max(k0, k1):
-            reached.append(first + (second - first) * (kl - k0) / (k1 - k0))
-    return reached
+    path = sorted(path, key=lambda point: point[0])
+    points = [scores for x, scores in path if x <= limit]
+    for (x0, first), (x1, second) in itertools.pairwise(path):
+        if x0 <= limit < x1:
+            points.append(first + (second - first) * (limit - x0) / (x1 - x0))
+    return points
 
 
 def reached(paths, limit):
     """What the best of several paths [(x, scores [M, n])] reaches within a limit of x, per problem [M, n].
 
-    One half of the problems picks the point by the first of the M numbers, the other half measures it, both
-    ways: nobody gains from picking among many.
+    The first of the M scores picks the point on nine tenths of the problems, the other tenth measures it, ten
+    times: nobody gains from picking among many, and little is lost.
     """
     points = torch.stack(list(itertools.chain(*(within(path, limit) for path in paths))))   # (points, M, n)
     best = torch.empty_like(points[0])
-    for half in (0, 1):
-        picked = points[:, 0, half::2].mean(-1).argmax()
-        best[:, 1 - half::2] = points[picked, :, 1 - half::2]
+    tenth = torch.randperm(best.shape[1], generator=torch.Generator().manual_seed(0)) % 10
+    for i in range(10):
+        picked = points[:, 0, tenth != i].mean(-1).argmax()
+        best[:, tenth == i] = points[picked][:, tenth == i]
     return best
 
 
@@ -243,18 +258,14 @@ def lead(model_runs, seed, student, rivals, over, cost="kl", last=False):
     rivals: runs, whose paths begin where they were trained from. last: nothing but their last checkpoint, on
     a straight line. cost: kl or paper_hours. None where a run or a measurement is missing.
     """
-    def point(name):
-        found = checkpoint(model_runs, seed, name)
-        scores = found and per_problem(found[2], over)
-        spent = found and number(model_runs, seed, cost, name, over)
-        return None if scores is None or spent is None else (spent, scores)
     runs, paths = [model_runs["runs"].get(label, {}).get(seed) for label in rivals], [["base"]]
     for label, run in zip(rivals, runs):
         steps = measured(run, over)[-1 if last else 0:] if run else []
         if not steps:
             return None
         paths.append([f"{label}@start", *(f"{label}@{step}" for step in steps)])
-    mine, paths = point(student), [[point(name) for name in path] for path in paths]
+    mine = point(model_runs, seed, student, over, cost)
+    paths = [[point(model_runs, seed, name, over, cost) for name in path] for path in paths]
     if mine is None or None in itertools.chain(*paths):
         return None
     return mine[1] - reached(paths, mine[0])
