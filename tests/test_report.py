@@ -126,8 +126,10 @@ def test_hours_count_rollouts_teacher_and_own_steps(finished):
     assert seconds_until(model_runs, "0", "sapo", 40) == 40 + 40
     assert seconds_until(model_runs, "0", "sapo-student", 10) == 40 + 120 + 10
     assert seconds_until(model_runs, "0", "online", 10) == 2 * (40 + 5)  # five steps share their rollouts
-    assert seconds_until(model_runs, "0", "online", 10, paper=True) == 10 * 1100    # Table 4
-    assert seconds_until(model_runs, "0", "sapo-student", 10, paper=True) == 7 * 3600 + 120 * 300 + 10 * 400
+    # Table 4, whose prices are for 1,000 prompts, and for 32 a step; here 25, and 4
+    assert seconds_until(model_runs, "0", "online", 10, paper=True) == pytest.approx(10 * (4 * 25.2 + 37.5))
+    assert seconds_until(model_runs, "0", "sapo-student", 10, paper=True) == pytest.approx(
+        25 * 25.2 + 120 * 37.5 + 10 * 50)
 
 
 def test_unknown_names_are_refused(finished, capsys):
