@@ -127,7 +127,7 @@ def main():
     path_of = {"old": old, "live": args.student, "none": None}          # live starts as the student
     paths = [path_of.get(role, role) for role in roles]
     content = [checkpoint_fingerprint(path) for path in paths if path]
-    if len(set(content)) < len(content) and args.denominator != "live":
+    if len(set(content)) < len(content):                                # live: at first
         raise InputError("--teacher {} and --denominator {} are the same policy: no signal".format(*roles))
     run, save, metrics = start_run(args, build_parser(), args.student, rollouts)
     if not run:
@@ -137,19 +137,19 @@ def main():
     old_logp = score(old, rollouts, **score_options(args))
     teacher_logp, denom_logp = (score(path, rollouts, **score_options(args)) if path else
                                 torch.zeros(1).expand_as(old_logp) for path in paths)
-    signal = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
-    mean, std = whitening(values for values, _ in signal_of_responses(*signal))     # of step 0, if live
+    signal_args = (rollouts, usable, teacher_logp, denom_logp, args.positive_signal)
+    mean, std = whitening(values for values, _ in signal_of_responses(*signal_args))     # of step 0, if live
     one_writer(args.out)
     if rank == 0:
-        statistics = signal_statistics(signal_of_responses(*signal), mean, std, len(old_logp))
+        statistics = signal_statistics(signal_of_responses(*signal_args), mean, std, len(old_logp))
         write_json(args.out / "run.json", run | {"signal": statistics})
-    exact = args.kl_coef > 0 and args.kl_kind == "exact"             # this and --max-kl: two models in memory
+    exact = args.kl_coef > 0 and args.kl_kind == "exact"         # two models in memory; --max-kl: and a copy
     lm, policy, model = build(args, save or args.student, old if exact or args.max_kl else None, rollouts)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0)
     load_moments(save, lm, optimizer)
     kl_states = next(step_batches(rollouts, usable, args.batch_prompts, args.seed + 1))
-    budget = (policy, rollouts, kl_states, args.micro_tokens)                       # of --max-kl
-    if args.max_kl and not metrics and (kl := kl_to_old(*budget)) > args.max_kl:
+    kl_args = (policy, rollouts, kl_states, args.micro_tokens)
+    if args.max_kl and not metrics and (kl := kl_to_old(*kl_args)) > args.max_kl:
         raise InputError(f"{args.student} is at KL {kl:.4f} from pi_old, beyond --max-kl {args.max_kl:g}")
 
     # ---- training loop ----
@@ -182,13 +182,13 @@ def main():
         inside = copy.deepcopy((lm.state_dict(), optimizer.state_dict())) if args.max_kl else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        kl = kl_to_old(*budget) if args.max_kl else None
+        kl = kl_to_old(*kl_args) if args.max_kl else None
         if args.max_kl and kl > args.max_kl:                     # Eq. 7: back into the trust region, and done
             lm.load_state_dict(inside[0])
             optimizer.load_state_dict(inside[1])
             print_once(f"step {step} would be at kl(new,old) {kl:.4f} > {args.max_kl:g}: it is not taken")
             break
-        more = {"signal_mean": mean, "signal_std": std, "kl_new_old": kl}
+        more, inside = {"signal_mean": mean, "signal_std": std, "kl_new_old": kl}, None     # frees the copy
         end_step(args, step, args.steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
                  lm, tokenizer, optimizer)
     save_step(args.out, "final", lm, tokenizer, optimizer, metrics, args.save_every)

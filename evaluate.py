@@ -89,8 +89,7 @@ def evaluate(model, benchmark, args, pool, rank, world):
     wanted = {"model": str(model), "model_fingerprint": checkpoint_fingerprint(model), "base": args.base,
               "benchmark": name, "k": k, "top_k": top_k, **{key: getattr(args, key) for key in SAMPLED_WITH},
               "judge_model": args.judge_model, "problems_sha256": problems_hash(file, args.num_problems)}
-    rows = [{"task": "math"} | row for row in read_results(args.out)]
-    if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
+    if any(all(row.get(key) == value for key, value in wanted.items()) for row in read_results(args.out)):
         return None
     folder = sample(model, file, wanted, args, pool, world)
     data = load_rollouts(folder)

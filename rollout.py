@@ -141,12 +141,11 @@ def gold_text(gold):
     return str(int(gold)) if isinstance(gold, float) and gold == int(gold) else str(gold).strip()
 
 
-EXPLODES = re.compile(r"""(\^|\*\*)\s*(\{[^{}]*|\([^()]*|\\?\w+\s*)(\^|\*\*)    # a power in an exponent
+EXPLODES = re.compile(r"""(\^|\*\*)\s*(\{[^{}]*|\([^()]*|(\\[a-zA-Z]+|[a-zA-Z]|\d+)\s*)(\^|\*\*)  # a tower
     | (\^|\*\*)\s*[{(]?\s*[+-]?\d{5}                                      # an exponent of five digits
     | \d{4}\s*\)?\s*! | \^\s*\{?\w+\}?\s*\)?\s*! | !\s*\)\s*!             # a factorial of something large
     | binom\s*\{[^{}]*(\^|\d{4})
-    | \\(sum|prod|int|lim)\b                                             # nobody's final answer""",
-                      re.VERBOSE | re.DOTALL)
+    | \\(sum|prod|int|lim)\b                             # nobody's final answer""", re.VERBOSE | re.DOTALL)
 
 
 def quick_verdict(answer, gold, stats):
@@ -156,8 +155,9 @@ def quick_verdict(answer, gold, stats):
     if len(answer) > 1000 or EXPLODES.search(answer):
         stats["refused"] += 1                        # computer algebra would run for ever, or fill the memory
         return 0.0
-    if all(re.fullmatch(r"[+-]?\d+", text) for text in (answer, gold)):
-        return float(int(answer) == int(gold))
+    numbers = [text.replace("\\,", "") for text in (answer, gold)]      # 6\,300
+    if all(re.fullmatch(r"[+-]?\d+", text) for text in numbers):
+        return float(int(numbers[0]) == int(numbers[1]))
     return None
 
 
@@ -577,7 +577,7 @@ def resolve_checkpoint(model):
             raise InputError(f"{model} has no config.json: give the folder of a Hugging Face checkpoint")
         return Path(model)
     with input_errors(f"checkpoint {model} does not exist, neither as a folder nor on the hub"):
-        wanted = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+        wanted = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.py"]
         return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted))
 
 

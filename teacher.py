@@ -17,7 +17,9 @@ N tokens of a flat list. R is the reward, 0 or 1. `logp[:, t]` is the log-prob o
 Read next: distill.py.
 """
 import argparse
+import contextlib
 import fcntl
+import gc
 import hashlib
 import itertools
 import json
@@ -47,7 +49,7 @@ from transformers import AutoConfig
 
 from rollout import (STOP_SIGNALS, InputError, Parser, RunError, check_positive, checkpoint_fingerprint,
                      input_errors, join_shards, load_lm, load_shards, load_tokenizer, one_writer, ranks,
-                     read_json, read_tensors, resolve_checkpoint, run_main, tokenizer_fingerprint,
+                     read_json, read_tensors, remove, resolve_checkpoint, run_main, tokenizer_fingerprint,
                      write_atomic, write_json)
 
 # ---- log-probs: one function for every role ----------------------------------------------------------------
@@ -317,6 +319,7 @@ def train_values(args, rollouts, usable):
     path = args.out / "value" / "values.pt"
     if not path.exists():
         fit_values(args, rollouts, usable, path)
+        gc.collect()                                        # its network
     values = read_tensors(path, "file of values", "delete it, they will be computed again")
     lengths = rollouts["response_offsets"].diff()
     seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
@@ -510,9 +513,9 @@ def main():
         for i, micro in enumerate(shares[rank]):
             model.require_backward_grad_sync = i == len(shares[rank]) - 1       # DDP: one all-reduce per step
             idx = batch[micro]
-            input_ids, mask, old_lp, ref_lp, *a = pad_responses(
+            input_ids, mask, old_lp, ref_lp, *ppo = pad_responses(
                 rollouts, idx, device, old_logp, ref_logp, *token_adv)
-            reward, a = rollouts["reward"][idx].to(device), a[0] if a else adv[idx].to(device)
+            reward, a = rollouts["reward"][idx].to(device), ppo[0] if ppo else adv[idx].to(device)
             logp, entropy, exact_kl = model(input_ids, mask, exact)
             if args.loss == "ce":
                 loss = ce_loss(logp, ref_lp, mask, reward, args.beta, args.reduce) / n_responses       # Eq. 2
@@ -539,7 +542,6 @@ def main():
         stop_if_not_finite(step, sums, grad_norm, rollouts, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         more = ce_metrics(implicit, rollouts, batch) if args.loss == "ce" else value_metrics
         end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics, bar, caught,
                  lm, tokenizer, optimizer)
@@ -639,6 +641,7 @@ def score(checkpoint, rollouts, temperature=None, micro_tokens=32768, with_entro
             parallel(policy, shard)
         logp, entropy = per_token(rollouts, policy, micro_tokens, "scoring")
         del lm, policy
+        gc.collect()                                        # FSDP's modules refer to each other
         torch.cuda.empty_cache()                            # for an engine in another process, too
         if rank == 0:
             scores = {"logp": logp.clone(), "entropy": entropy.clone()}             # not views of one tensor
@@ -765,13 +768,10 @@ def check_tokenizer(model, rollouts, trust_remote_code=False):
 def find_old(rollouts, old=None):
     """Path of pi_old, which wrote the rollouts: --old, or the one in their meta; known by its content."""
     path = old or rollouts["meta"]["model"]
-    try:
-        found = checkpoint_fingerprint(path)
-    except InputError:
-        found = None
-    if found != rollouts["meta"]["model_fingerprint"]:
-        raise InputError(f"{path} is not the policy that wrote the rollouts, or is gone: give it with --old")
-    return path
+    with contextlib.suppress(InputError):
+        if checkpoint_fingerprint(path) == rollouts["meta"]["model_fingerprint"]:
+            return path
+    raise InputError(f"{path} is not the policy that wrote the rollouts, or is gone: give it with --old")
 
 
 def start_run(args, parser, parent, rollouts):
@@ -803,14 +803,14 @@ def start_run(args, parser, parent, rollouts):
 
 def check_same_run(out, run, parser):
     """InputError if OUT/run.json was written by another script, with other flags or from other content."""
-    hint, free = "use another --out, or delete it", ("micro_tokens", "shard", "offload_activations")
+    hint, free = "use another --out, or delete it", "micro_tokens shard checkpointing offload_activations"
     kept = read_json(out / "run.json", hint)
     for key in ("script", "parent", "rollouts_fingerprint"):
         if kept.get(key) != run[key]:
             raise InputError(f"{out} holds a run with another {key.replace('_', ' ')}: {hint}")
     for key, now in run["args"].items():
         then = kept["args"].get(key, parser.get_default(key))           # a flag that it lacks had its default
-        if then != now and key not in free:                             # free: the result stays the same
+        if then != now and key not in free.split():                     # free: the result stays the same
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {then}, now {now}: {hint}")
 
 
@@ -854,6 +854,7 @@ def save_step(out, name, lm, tokenizer, optimizer, metrics, save_every):
     if ranks()[0] == 0:
         if name == "final":                                 # what a killed run wrote beyond it goes
             write_atomic(out / "metrics.jsonl", lambda p: p.write_text("".join(metrics)))
+        remove(out / name)                                  # its state is gone: the run had to start over
         write_atomic(out / name, write)
         drop_states(out, name, save_every)
         tqdm.write(f"saved {out / name}")
@@ -898,8 +899,7 @@ def end_step(args, step, steps, start, sums, grad_norm, n_tokens, more, metrics,
     if step % args.save_every == 0 or stopped:
         save_step(args.out, f"step-{step:04d}", *to_save, metrics, args.save_every)
     if stopped:
-        name = signal.Signals(flag.item()).name
-        raise KeyboardInterrupt(f"{name} after step {step}, which is saved in {args.out}")
+        raise KeyboardInterrupt(f"{signal.Signals(flag.item()).name} after step {step}, saved in {args.out}")
 
 
 # metrics

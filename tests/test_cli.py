@@ -93,8 +93,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys):
                                        tmp_path / "none-here", "--rollouts", rollouts, *out)
     assert "does not exist" in refused(capsys, tmp_path, "evaluate.py", "--model", model, "--data",
                                        f"x={tmp_path}/nowhere.jsonl", "--out", tmp_path / "r.jsonl")
-    assert "same policy" in refused(capsys, tmp_path, "distill.py", "--student", model, "--teacher", model,
-                                    "--rollouts", rollouts, *out)
+    for more in ([], ["--denominator", "live"]):            # live is the student, which is pi_old here
+        assert "same policy" in refused(capsys, tmp_path, "distill.py", "--student", model, "--teacher",
+                                        model, "--rollouts", rollouts, *out, *more)
 
 
 def test_rollouts_of_another_tokenizer_or_of_an_unknown_policy_are_refused(tiny, tmp_path, capsys):
@@ -141,6 +142,8 @@ def test_a_finished_command_touches_nothing_and_other_settings_are_refused(tiny,
     before = snapshot(tmp_path)
     capsys.readouterr()
     assert conftest.run_here(*command) == 0 and "already finished" in capsys.readouterr().out
+    assert conftest.run_here(*command, "--checkpointing", "--micro-tokens", 99) == 0    # as advice on memory
+    assert conftest.run_here(*command, "--no-checkpointing") == 0
     assert snapshot(tmp_path) == before
     assert "--lr 1e-06, now 0.1" in refused(capsys, tmp_path, *command, "--lr", 0.1)
 

@@ -143,6 +143,8 @@ GRADED = [                                                  # response, gold, ri
           ("", "1", 0),
     ("\\boxed{9^{9^{9^9}}}", "1", 0), ("\\boxed{y^2+x^2}", "x^2+y^2", 1),
           ("\\boxed{2^3 \\cdot 3^2}", "72", 1), ("\\boxed{" + "1" * 5000 + "}", "1", 0),
+    ("\\boxed{x^2y^2}", "x^{2}y^{2}", 1), ("\\boxed{\\sqrt{a^2b^2+1}}", "\\sqrt{1+a^2b^2}", 1),
+          ("\\boxed{6\\,300}", "6300", 1),
 ]
 
 
@@ -266,7 +268,8 @@ def test_2000_adversarial_answers_are_graded_in_time_without_a_hang_a_crash_or_a
                "\\boxed{\\sum_{k=1}^{10^{9}} k^{k}}", "\\boxed{12345678901234567890!}",
                "\\boxed{" + "1+" * 400 + "1}"]
     hostile += ["\\boxed{10^{1000000000}}", "\\boxed{99999^{999999}}", "\\boxed{\\binom{10^9}{10^8}}",
-                "\\boxed{\\prod_{k=1}^{100000} k}", "\\boxed{(9!)!}"]
+                "\\boxed{\\prod_{k=1}^{100000} k}", "\\boxed{(9!)!}",
+                "\\boxed{9^9^9^9}", "\\boxed{n^\\alpha^n}"]
     responses = [f"{i} " + h.replace("1", str(1 + i // len(hostile) % 8), 1) for i,
                  h in enumerate((hostile * 100)[:2000])]
     before = multiprocessing.active_children()

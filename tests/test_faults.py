@@ -242,6 +242,18 @@ def test_a_kill_between_the_last_save_and_its_tidying_leaves_nothing_behind(tiny
     same(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_run_whose_last_save_is_deleted_starts_over_to_the_same_files(tiny, tmp_path):
+    """What the message about a damaged save advises: older saves have weights, but no longer Adam's state."""
+    script, flags = commands(tiny, tmp_path / "whole", "ce")
+    assert conftest.run_here(script, *flags) == 0
+    script, flags = commands(tiny, tmp_path / "again", "ce")
+    assert conftest.run_here(script, *flags) == 0
+    assert list((tmp_path / "again" / "out").glob("step-*"))
+    shutil.rmtree(tmp_path / "again" / "out" / "final")
+    assert conftest.run_here(script, *flags) == 0
+    same(tmp_path / "whole", tmp_path / "again")
+
+
 @long_part
 @pytest.mark.parametrize("stage, n", [("rollout", 4), ("ce", 4), ("ppo", 2), ("distill", 4)])
 def test_kill_9_at_many_moments_and_the_same_command_give_the_same_files(start, tiny, tmp_path, stage, n):

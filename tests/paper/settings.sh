@@ -2,7 +2,7 @@
 # What differs between the demonstration world, the paper's models and a rehearsal: sizes, models, seeds and
 # problems. Sourced by run_rounds.sh. "# ours:" names what the paper does not give.
 
-REAL=${MODEL:-${MODELS:-${PROMPTS:-${REHEARSE:-}}}}     # with any of these: real models, the paper's settings
+REAL=${MODEL:-${MODELS:-${PROMPTS:-${BENCHMARKS:-${REHEARSE:-}}}}}  # any: real models and settings
 # Sec. 4.1: K is 32, 16 for Beyond AIME and 4 for IMO Answer Bench, answerbench_v2.csv of
 # google-deepmind/superhuman (its row imo-bench-algebra-036 has lost its answer).
 SETS=${BENCHMARKS:-aime24=HuggingFaceH4/aime_2024:32 aime25=MathArena/aime_2025:32
@@ -67,8 +67,9 @@ paper() {             # paper MODEL   settings of Sec. 4.1
   case $1 in *27B*) large="--tensor-parallel 2" ;; esac  # ours: one GPU has no room for a cache beside it
   base=$1 prompts=${PROMPTS:-POLARIS-Project/Polaris-Dataset-53K}
   COLLECT="-n 16 --temperature $temperature --max-tokens 32768 --ask-for-box $large"
-  ONLINE="--num-prompts 32 $COLLECT" ONLINE_PART=1 COLLECT="--num-prompts 1000 $COLLECT"  # ours: 32
-  FLAGS='' SCORE="--temperature $temperature --max-tokens $length --ask-for-box $large"
+  # ours: 32 prompts on-policy. Shards of 4: with 16, eight processes would share two to three shards.
+  ONLINE="--num-prompts 32 $COLLECT --shard-prompts 4" ONLINE_PART=1 COLLECT="--num-prompts 1000 $COLLECT"
+  FLAGS='' SCORE="--temperature $temperature --max-tokens $length --ask-for-box --shard-prompts 4 $large"
   if [ "$NPROC" -gt 1 ]; then FLAGS=--shard; fi         # from 4B on, 80 GB are too little without it
   if [ -n "$large" ] && [ "$NPROC" -gt 1 ]; then SCORE="$SCORE --shard"; fi
   DENSE='' SAME_KL='' EXACT=''
