@@ -104,6 +104,7 @@ models() {            # models TABLE   MODEL, else MODELS, else those of the pap
   case $1${REAL:+-real} in
     table1-real|table12-real|fig4-real) echo "$qwen $nbg" ;;
     table4-real|table5-real|fig8-real) echo "$nbg" ;;
+    # The first thinks only after a system message "detailed thinking on": PROMPTS, BENCHMARKS of messages.
     table10-real) echo "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1 nvidia/AceReason-Nemotron-1.1-7B" \
       "hbx/JustRL-Nemotron-1.5B $qwen $nbg" ;;
     table11-real) echo "Qwen/Qwen3.5-9B Qwen/Qwen3.5-27B" ;;
