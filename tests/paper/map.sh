@@ -110,7 +110,7 @@ deciding() {          # the chosen try of each arm, on test problems
 }
 
 chosen() {            # chosen STAGE KIND   the try that was best on validation problems; a dry run takes 3
-  local best where=$MAP/small-100 dir=$MAP/small-100/seed0
+  local best where=$MAP/small-100 dir=$MAP/small-100/seed0 base=$MAP/worlds/small/base
   if [ -n "${DRY_RUN:-}" ]; then echo 3; return; fi
   best=$(choose validation "" $(for i in 1 2 3 4; do arm_path "$1-$2-$i"; done))
   best=${best%%/*}
