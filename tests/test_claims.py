@@ -33,8 +33,8 @@ def wrong_rates(noise, rule, seeds=3):
     for _ in range(60):                                     # reports of 40 ordinary tests, which are pooled
         ordinary, odd = two_arms(noise[:1] * 2, generator, seeds), two_arms(noise, generator, seeds)
         pooled = ordinary.mean(-1).var(-1).mean().item()
-        error = rule(odd, pooled)
-        found += [side(mean, se, 40 * (seeds - 1)) for mean, se in zip(odd.mean((1, 2)).tolist(), error.tolist())]
+        means, errors = odd.mean((1, 2)).tolist(), rule(odd, pooled).tolist()
+        found += [side(mean, se, 40 * (seeds - 1)) for mean, se in zip(means, errors)]
     return found.count("holds") / len(found), found.count("does not hold") / len(found)
 
 
