@@ -127,7 +127,7 @@ def main():
     path_of = {"old": old, "live": args.student, "none": None}          # live starts as the student
     paths = [path_of.get(role, role) for role in roles]
     content = [checkpoint_fingerprint(path) for path in paths if path]
-    if len(set(content)) < len(content):                                # live: at first
+    if len(set(content)) < len(content):                                # live: when it starts
         raise InputError("--teacher {} and --denominator {} are the same policy: no signal".format(*roles))
     run, save, metrics = start_run(args, build_parser(), args.student, rollouts)
     if not run:

@@ -14,7 +14,6 @@ look at what a model wrote. One row per (checkpoint, benchmark) says with which 
 """
 import argparse
 import fcntl
-import gc
 import hashlib
 import importlib
 import itertools
@@ -63,7 +62,6 @@ def sample(model, file, wanted, args, pool, world):
     vars(options).update({key: getattr(args, key) for key in shared}, top_k=wanted["top_k"],
                          num_prompts=args.num_problems, num_responses=wanted["k"])
     sample_rollouts(options, pool)
-    gc.collect()                                            # the engine's model, before ours is loaded
     if world > 1:
         dist.barrier()
     return folder

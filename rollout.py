@@ -155,7 +155,7 @@ def quick_verdict(answer, gold, stats):
     if len(answer) > 1000 or EXPLODES.search(answer):
         stats["refused"] += 1                        # computer algebra would run for ever, or fill the memory
         return 0.0
-    numbers = [text.replace("\\,", "") for text in (answer, gold)]      # 6\,300
+    numbers = [text.replace("\\,", "") for text in (answer, gold)]      # 6\,300 is 6300
     if all(re.fullmatch(r"[+-]?\d+", text) for text in numbers):
         return float(int(numbers[0]) == int(numbers[1]))
     return None

@@ -319,7 +319,6 @@ def train_values(args, rollouts, usable):
     path = args.out / "value" / "values.pt"
     if not path.exists():
         fit_values(args, rollouts, usable, path)
-        gc.collect()                                        # its network
     values = read_tensors(path, "file of values", "delete it, they will be computed again")
     lengths = rollouts["response_offsets"].diff()
     seen, returns = usable.repeat_interleave(lengths), rollouts["reward"].repeat_interleave(lengths)
@@ -591,6 +590,7 @@ def pad_responses(rollouts, indices, device, *token_values):
 
 def load_policy(path, device="cpu", checkpointing=False, trust_remote_code=False, offload=False):
     """A causal LM in fp32: bf16 rounds most updates of lr 1e-6 away. offload: into the host's memory."""
+    gc.collect()                                            # engines and FSDP's modules refer to themselves
     lm = load_lm(path, torch.float32, trust_remote_code)
     if checkpointing:
         kept = {"offload": True} if offload and torch.cuda.is_available() else {}

@@ -201,6 +201,6 @@ def test_a_student_is_compared_with_whole_paths_at_equal_kl_and_at_the_papers_ho
     # Table 4 at a tenth of its prompts, in steps of a quarter
     assert hours == pytest.approx([0, 0.7 + 4 * 75 / 3600, 0.7 + 8 * 75 / 3600 + 8 * 100 / 3600])
     for seed in "012":                                      # on-policy, each step has rollouts of its own
-        toy["seconds"] |= {f"seed{seed}/teacher/rollouts{i:03d}": 1.0 for i in range(1, 9)}
+        toy["prompts"] |= {f"seed{seed}/teacher/rollouts{i:03d}": 8 for i in range(1, 9)}
     assert claims.number(toy, "0", "paper_hours", "teacher@4", ["test"]) == pytest.approx(
         4 * (8 * 25.2 + 75) / 3600)

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
     """runs/toy as the recipes would leave it, made from what they print."""
     folder = tmp_path_factory.mktemp("tables")
     world, rows, made = folder / "runs" / "toy", [], set()
-    summary = {"responses": 100, "prompts": 25, "mean_length": 40.0, "tok_per_s": 100.0}
+    summary = {"responses": 100, "mean_length": 40.0, "tok_per_s": 100.0}
     for name in MODELS:
         for c in dry_run(name, SEEDS="0"):
             out = c.get("out", "runs/")
@@ -64,7 +64,9 @@ def finished(tmp_path_factory):
             for seed in (0, 1):
                 if c["script"] == "rollout.py":
                     (world / f"seed{seed}" / out).mkdir(parents=True, exist_ok=True)
-                    write_rows(world / f"seed{seed}" / out / "rollouts.json", [{"summary": summary}])
+                    prompts = 20 if out.startswith("online") else 25   # five steps of 4 prompts
+                    write_rows(world / f"seed{seed}" / out / "rollouts.json",
+                               [{"summary": summary | {"prompts": prompts}}])
                 else:
                     every = int(c.get("save-every", 10))
                     kept = ("model", "student", "denominator", "loss", "beta", "ref", "teacher")

@@ -146,22 +146,21 @@ def seconds_until(model_runs, seed, label, step, paper=False):
     """
     run = model_runs["runs"][label][seed]
     args, sets = run["info"]["args"], rf"seed{seed}/{re.escape(label)}/rollouts(\d+)"
-    own = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step)
-    trained = step * args.get("batch_prompts", 0)
     if paper:
-        own = trained * PAPER_STEP[run["info"]["script"]]
+        own = step * args["batch_prompts"] * PAPER_STEP[run["info"]["script"]]
+        rollouts = {path: n * PAPER_ROLLOUTS for path, n in model_runs["prompts"].items()}
+    else:
+        own = sum(m["seconds"] for m in run["metrics"] if m["step"] <= step)
+        rollouts = model_runs["seconds"]
     teacher = re.search(rf"/seed{seed}/(.+)/[^/]+$", args.get("teacher", ""))
     if teacher and (source := model_runs["runs"].get(teacher[1], {}).get(seed)):
         return own + seconds_until(model_runs, seed, teacher[1], source["metrics"][-1]["step"], paper)
-    online = {int(found[1]): seconds for path, seconds in model_runs["seconds"].items()
+    online = {int(found[1]): seconds for path, seconds in rollouts.items()
               if (found := re.fullmatch(sets, path))}
-    if online and paper:
-        return own + trained * PAPER_ROLLOUTS               # each prompt is used once
     if online:                                              # one set per step
         return own + sum(seconds for number, seconds in online.items() if number <= step)
     first = re.search(r"(seed\w+/.+)$", args["rollouts"])
-    made = model_runs["prompts" if paper else "seconds"].get(first and first[1], 0.0)
-    return own + made * (PAPER_ROLLOUTS if paper else 1)
+    return own + rollouts.get(first and first[1], 0.0)
 
 
 def moved_ratio(moved, least=0.0):
@@ -229,7 +228,7 @@ def within(path, limit):
 
     Linear between neighbours by x, not by step: a KL may fall again, and is not measured exactly.
     """
-    path = sorted(path, key=lambda point: point[0])
+    path = sorted(path, key=lambda at: at[0])
     points = [scores for x, scores in path if x <= limit]
     for (x0, first), (x1, second) in itertools.pairwise(path):
         if x0 <= limit < x1:
